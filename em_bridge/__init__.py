@@ -1,0 +1,1 @@
+"""The bus between an execution manager, its agents and Agent Backup."""

@@ -15,6 +15,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import urllib.parse
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -150,10 +151,9 @@ class EmbeddedValkey:
         """Return port and password: those of the last start if the port is still free, else new ones."""
         known = url_file(self.folder.parent)
         if known.exists():
-            old = redis.connection.parse_url(known.read_text().strip())
-            if _is_free(old["port"]):
-                return old["port"], old["password"]
-            return _free_port(), old["password"]
+            old = urllib.parse.urlsplit(known.read_text().strip())
+            if old.port and old.password:
+                return old.port if _is_free(old.port) else _free_port(), old.password
         return _free_port(), secrets.token_urlsafe(32)
 
     @staticmethod

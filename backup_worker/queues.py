@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import rq.serializers
 from rq.intermediate_queue import IntermediateQueue
-from rq.job import Job
+from rq.job import UNEVALUATED, Job
 from rq.queue import Queue
 from rq.utils import now as rq_now
 
@@ -86,7 +86,7 @@ class SafeJob(Job):
         """Take over what Redis holds of this job, except what could make a worker run or call something else."""
         super().restore(raw_data)
         self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
-        self._success_callback = self._failure_callback = self._stopped_callback = None
+        self._success_callback = self._failure_callback = self._stopped_callback = UNEVALUATED
         self.webhooks = []
 
 

@@ -1,0 +1,262 @@
+"""Find, end and start the process of an agent on this host.
+
+`find` sees an agent by what a process cannot lose by forking: the `AGENT_ID` and `AGENT_ROOT` it was started with,
+the session of the process that we started, and, for one started by hand, its command line together with its working
+folder. `fence` returns only when nothing of it is left; a stopped process is continued so that it can obey, and what
+ignores TERM is killed. It signals through pidfds, so that a recycled pid is never hit. If something survives,
+`FenceFailed` names it, and the caller must not touch the agent's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from em_bridge import clock
+from em_bridge.errors import AgentBackupError
+
+TERM_GRACE_S = 5.0
+KILL_GRACE_S = 5.0
+LOG_LIMIT_BYTES = 10 * 1024 * 1024
+
+
+class FenceFailed(AgentBackupError):
+    """A process of the agent could not be ended, so its files must not be touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A live process of an agent."""
+
+    pid: int
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """What is needed to find and start an agent's process: `root` is absolute, `command` its argument list."""
+
+    name: str
+    root: Path
+    command: tuple[str, ...] = ()
+    state: Path | None = None
+    """The state folder: run records and logs live there."""
+
+    @property
+    def record_file(self) -> Path | None:
+        """Where `start` notes which process it started."""
+        return self.state / "run" / f"{self.name}.json" if self.state else None
+
+    @property
+    def log_file(self) -> Path | None:
+        """Where the output of the process goes."""
+        return self.state / "logs" / f"{self.name}.log" if self.state else None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """The process that we started: its pid (also its session id) and its start time, which make it unique."""
+
+    pid: int
+    created: float
+    boot: float
+
+
+def find(name: str, root: Path, *, command: Sequence[str] = (), state: Path | None = None) -> list[Running]:
+    """Return the live processes of agent `name`; a zombie is not alive. The caller's own ancestors never count."""
+    return _find(Agent(name, root, tuple(command), state))
+
+
+def _find(agent: Agent) -> list[Running]:
+    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    session = _recorded_session(agent)
+    found = []
+    for process in psutil.process_iter():
+        if process.pid in spared:
+            continue
+        with contextlib.suppress(psutil.Error, OSError):
+            if _belongs(process, agent, session) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(Running(process.pid, " ".join(process.cmdline()) or process.name()))
+    return found
+
+
+def _belongs(process: psutil.Process, agent: Agent, session: int | None) -> bool:
+    if session is not None and os.getsid(process.pid) == session:
+        return True
+    try:
+        environment = process.environ()
+    except psutil.AccessDenied:
+        environment = {}
+    if environment.get("AGENT_ID") == agent.name and _same_folder(environment.get("AGENT_ROOT"), agent.root):
+        return True
+    if not agent.command:
+        return False
+    return _runs(agent.command, process.cmdline()) and _same_folder(process.cwd(), agent.root)
+
+
+def _runs(command: Sequence[str], line: Sequence[str]) -> bool:
+    """Tell whether a process with the argument list `line` was started as `command`.
+
+    A script's interpreter stands before it, and a launcher may have replaced the program by its full path.
+    """
+    arguments = len(command) - 1
+    if arguments and list(line[-arguments:]) != list(command[1:]):
+        return False
+    return any(Path(word).name.startswith(Path(command[0]).name) for word in line[: len(line) - arguments])
+
+
+def _same_folder(text: str | None, root: Path) -> bool:
+    return text is not None and os.path.realpath(text) == os.path.realpath(root)
+
+
+def _recorded_session(agent: Agent) -> int | None:
+    """Return the session of the process we started, unless its number now belongs to somebody else."""
+    record = read_record(agent)
+    if record is None or record.boot != psutil.boot_time():
+        return None
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if psutil.Process(record.pid).create_time() != record.created:
+            return None
+    # The leader may be gone while its children still live in the session; the kernel does not reuse the number
+    # of a session that has members.
+    return record.pid
+
+
+def read_record(agent: Agent) -> RunRecord | None:
+    """Return what is known of the process that `start` started, or None."""
+    path = agent.record_file
+    if path is None:
+        return None
+    try:
+        return RunRecord(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def fence(agent: Agent, *, term_grace_s: float = TERM_GRACE_S) -> list[Running]:
+    """End every process of `agent`, and return those that were ended.
+
+    Raises FenceFailed, naming the survivors, if one is still there after KILL.
+    """
+    ended: dict[int, Running] = {}
+    for signum, grace_s in ((signal.SIGTERM, term_grace_s), (signal.SIGKILL, KILL_GRACE_S), (signal.SIGKILL, 1.0)):
+        # Found anew for each round: between two looks a process may have forked.
+        running = _find(agent)
+        if not running:
+            return list(ended.values())
+        ended.update((process.pid, process) for process in running)
+        _signal_and_wait((process.pid for process in running), signum, grace_s)
+    survivors = _find(agent)
+    if survivors:
+        names = ", ".join(f"{process.pid} ({process.command[:60]})" for process in survivors)
+        raise FenceFailed(
+            f"agent “{agent.name}” is still running and cannot be ended: pid {names}",
+            hint="end it by hand (it may belong to another user, or hang in the kernel), then recover again",
+        )
+    return list(ended.values())
+
+
+def _signal_and_wait(pids: Iterable[int], signum: signal.Signals, grace_s: float) -> None:
+    poller = select.poll()
+    waiting: set[int] = set()
+    try:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                descriptor = os.pidfd_open(pid)
+                waiting.add(descriptor)
+                poller.register(descriptor, select.POLLIN)
+                signal.pidfd_send_signal(descriptor, signum)
+                # A stopped process acts on TERM only once it is continued.
+                signal.pidfd_send_signal(descriptor, signal.SIGCONT)
+        deadline = clock.monotonic() + grace_s
+        while waiting and (left_s := deadline - clock.monotonic()) > 0:
+            for descriptor, _ in poller.poll(left_s * 1000):
+                poller.unregister(descriptor)
+                os.close(descriptor)
+                waiting.discard(descriptor)
+    finally:
+        for descriptor in waiting:
+            os.close(descriptor)
+
+
+def start(agent: Agent, *, redis_url: str, extra_env: Mapping[str, str] | None = None) -> int:
+    """Start `agent` in its root, as the leader of a session of its own, and return its pid.
+
+    Its output is appended to its log file. Raises AgentBackupError if the program or the root does not exist.
+    """
+    if not agent.command:
+        raise AgentBackupError(
+            f"agent “{agent.name}” has no start command", hint="write `start` for it in agents.json"
+        )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RQ_")}
+    # Programs that were installed beside us (`em-bridge`) are found also where our environment is not activated.
+    path = os.pathsep.join([environment.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    environment |= {
+        "PATH": path,
+        "AGENT_ID": agent.name,
+        "AGENT_ROOT": str(agent.root),
+        "REDIS_URL": redis_url,
+        **(extra_env or {}),
+    }
+    program = shutil.which(agent.command[0], path=path) or agent.command[0]
+    output = _open_log(agent)
+    try:
+        process = subprocess.Popen(
+            [program, *agent.command[1:]],
+            cwd=agent.root,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise AgentBackupError(
+            f"cannot start agent “{agent.name}” with “{' '.join(agent.command)}” in “{agent.root}”: "
+            f"{(error.strerror or str(error)).lower()}",
+            hint="check `start` and `root` of the agent in agents.json",
+        ) from error
+    finally:
+        os.close(output)
+    _write_record(agent, process.pid)
+    return process.pid
+
+
+def _open_log(agent: Agent) -> int:
+    if agent.log_file is None:
+        return os.open(os.devnull, os.O_WRONLY)
+    agent.log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if agent.log_file.stat().st_size > LOG_LIMIT_BYTES:
+            agent.log_file.replace(agent.log_file.with_suffix(".log.1"))
+    return os.open(agent.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def _write_record(agent: Agent, pid: int) -> None:
+    if agent.record_file is None:
+        return
+    agent.record_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    record = RunRecord(pid, psutil.Process(pid).create_time(), psutil.boot_time())
+    temporary = agent.record_file.with_suffix(".new")
+    temporary.write_text(json.dumps(asdict(record)))
+    temporary.replace(agent.record_file)
+
+
+def last_log_lines(agent: Agent, count: int = 50) -> list[str]:
+    """Return the last `count` lines that the agent wrote, or nothing if there is no log."""
+    if agent.log_file is None or not agent.log_file.exists():
+        return []
+    with agent.log_file.open("rb") as file:
+        file.seek(max(0, agent.log_file.stat().st_size - 64 * 1024))
+        return file.read().decode(errors="replace").splitlines()[-count:]

@@ -1,0 +1,33 @@
+"""The JSON Schemas of the two files, made from the models: what an editor checks is what `load` checks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from backup_worker.config.files import AGENTS_FILE, SCHEDULE_FILE
+from backup_worker.config.models import AgentsFile, Model, Schedule
+
+_FILES: dict[str, tuple[type[Model], str]] = {
+    SCHEDULE_FILE: (Schedule, "Agent Backup: what, when, where"),
+    AGENTS_FILE: (AgentsFile, "Agent Backup: who"),
+}
+
+
+def schema_name(file: str) -> str:
+    """Return the name of the schema's file beside `file`: `agents.schema.json`."""
+    return file.removesuffix(".json") + ".schema.json"
+
+
+def schemas() -> dict[str, str]:
+    """Return the text of each schema file by its name."""
+    return {schema_name(file): _text(model, title) for file, (model, title) in _FILES.items()}
+
+
+def _text(model: type[Model], title: str) -> str:
+    schema: dict[str, Any] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **model.model_json_schema(),
+    }
+    schema["title"] = title
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

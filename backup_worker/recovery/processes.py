@@ -75,10 +75,11 @@ class RunRecord:
 
 def find(name: str, root: Path, *, command: Sequence[str] = (), state: Path | None = None) -> list[Running]:
     """Return the live processes of agent `name`; a zombie is not alive. The caller's own ancestors never count."""
-    return _find(Agent(name, root, tuple(command), state))
+    return find_agent(Agent(name, root, tuple(command), state))
 
 
-def _find(agent: Agent) -> list[Running]:
+def find_agent(agent: Agent) -> list[Running]:
+    """Return the live processes of `agent`; see `find`."""
     spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     session = _recorded_session(agent)
     found = []
@@ -150,14 +151,18 @@ def fence(agent: Agent, *, term_grace_s: float = TERM_GRACE_S) -> list[Running]:
     Raises FenceFailed, naming the survivors, if one is still there after KILL.
     """
     ended: dict[int, Running] = {}
-    for signum, grace_s in ((signal.SIGTERM, term_grace_s), (signal.SIGKILL, KILL_GRACE_S), (signal.SIGKILL, 1.0)):
+    for signum, grace_s in (
+        (signal.SIGTERM, term_grace_s),
+        (signal.SIGKILL, KILL_GRACE_S),
+        (signal.SIGKILL, 1.0),
+    ):
         # Found anew for each round: between two looks a process may have forked.
-        running = _find(agent)
+        running = find_agent(agent)
         if not running:
             return list(ended.values())
         ended.update((process.pid, process) for process in running)
         _signal_and_wait((process.pid for process in running), signum, grace_s)
-    survivors = _find(agent)
+    survivors = find_agent(agent)
     if survivors:
         names = ", ".join(f"{process.pid} ({process.command[:60]})" for process in survivors)
         raise FenceFailed(

@@ -1,0 +1,174 @@
+"""The approval inbox: what became of each proposed change, folded from the stream of config changes.
+
+The stream is the truth. `fold` reads on from where the last reader stopped and writes records and position in one
+transaction, so any number of processes may fold at once, and an entry is taken in once. A job that judges an applied
+change folds first, so it sees every approval that stands before it on the stream, whatever order the jobs run in.
+
+An approval counts if it stands on the stream before the application, and its author is not the proposer. Where a file
+`allowed_signers` exists, the word of the EM in `approved_by` counts for nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import redis.exceptions
+
+from em_bridge import events, streams
+from em_bridge.errors import InvalidEvent, NotFound
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+PROPOSED, APPROVED, REJECTED, APPLIED = "proposed", "approved", "rejected", "applied"
+
+_RECORDS = "backup:changes"
+CURSOR = "backup:changes:cursor"
+_BATCH = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change and its fate. Times are Unix seconds of the server's clock."""
+
+    change: str
+    state: str
+    agent: str = ""
+    paths: tuple[str, ...] = ()
+    by: str = ""
+    reason: str = ""
+    proposed_at: float | None = None
+    decided_by: str = ""
+    decided_at: float | None = None
+    decision: str = ""
+    applied_at: float | None = None
+    proposed: dict[str, bytes] | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the change in the form of `backup-worker changes --json`; contents as text where they are text."""
+        record = asdict(self)
+        record["paths"] = list(self.paths)
+        if self.proposed is not None:
+            record["proposed"] = {
+                path: content.decode(errors="replace") for path, content in self.proposed.items()
+            }
+        return record
+
+
+def advance(change: Change | None, event: events.Event, at: float) -> Change | None:
+    """Return the record of a change after `event`; None if the event is about no change. Pure."""
+    match event:
+        case events.ConfigProposed():
+            if change is not None and change.state in (APPROVED, REJECTED, APPLIED):
+                # A decision is about what was proposed when it was made; a late proposal cannot borrow it.
+                return change
+            proposed = None if event.proposed is None else dict(event.proposed)
+            return Change(
+                event.change,
+                PROPOSED,
+                event.agent,
+                event.paths,
+                event.by,
+                event.reason,
+                at,
+                proposed=proposed,
+            )
+        case events.ConfigApproved() | events.ConfigRejected():
+            known = change or Change(event.change, PROPOSED)
+            if known.decision or event.by == known.by:
+                return known
+            decision = APPROVED if isinstance(event, events.ConfigApproved) else REJECTED
+            state = known.state if known.state == APPLIED else decision
+            return replace(known, state=state, decision=decision, decided_by=event.by, decided_at=at)
+        case events.ConfigApplied():
+            known = change or Change(event.change, APPLIED, by=event.by, reason=event.reason)
+            return replace(known, state=APPLIED, agent=event.agent, paths=event.paths, applied_at=at)
+    return None
+
+
+def fold(client: Redis, upto: str = "+") -> None:
+    """Take in what is new on the stream, up to entry `upto`."""
+    while True:
+        with client.pipeline(transaction=True) as pipeline:
+            watch: Any = pipeline.watch
+            watch(CURSOR)
+            cursor: Any = pipeline.get(CURSOR)
+            start = f"({cursor.decode()}" if cursor else "-"
+            rows: Any = pipeline.xrange(streams.CONFIG_CHANGE, start, upto, count=_BATCH)
+            if not rows:
+                return
+            parsed = [(entry_id.decode(), _event(fields)) for entry_id, fields in rows]
+            names = {event.change for _, event in parsed if event is not None}
+            records = {name: _record(pipeline.hget(_RECORDS, name)) for name in names}
+            for entry_id, event in parsed:
+                if event is not None:
+                    at = streams.entry_time(entry_id)
+                    records[event.change] = advance(records[event.change], event, at)
+            pipeline.multi()
+            for name, record in records.items():
+                if record is not None:
+                    pipeline.hset(_RECORDS, name, msgpack.packb(asdict(record)))
+            pipeline.set(CURSOR, parsed[-1][0])
+            try:
+                pipeline.execute()
+            except redis.exceptions.WatchError:
+                continue
+            if len(rows) < _BATCH:
+                return
+
+
+def _event(fields: Any) -> Any:
+    try:
+        event = events.decode(fields, stream=streams.CONFIG_CHANGE)
+    except InvalidEvent:
+        # The dispatcher makes a dead letter of it.
+        return None
+    return event if hasattr(event, "change") else None
+
+
+def _record(data: Any) -> Change | None:
+    if data is None:
+        return None
+    raw = msgpack.unpackb(data)
+    raw["paths"] = tuple(raw["paths"])
+    return Change(**raw)
+
+
+def get(client: Redis, change: str) -> Change:
+    """Return the record of `change` as of now; raises NotFound."""
+    fold(client)
+    record = _record(client.hget(_RECORDS, change))
+    if record is None:
+        raise NotFound(f"there is no change “{change}”", hint="see `backup-worker changes --all`")
+    return record
+
+
+def all_changes(client: Redis) -> list[Change]:
+    """Return every change as of now, the newest last."""
+    fold(client)
+    stored: Any = client.hvals(_RECORDS)
+    found = [record for record in map(_record, stored) if record is not None]
+    return sorted(
+        found, key=lambda record: record.proposed_at or record.decided_at or record.applied_at or 0.0
+    )
+
+
+def judge(
+    client: Redis, event: events.ConfigApplied, entry_id: str, *, signers_exist: bool
+) -> tuple[bool, str | None]:
+    """Return whether the applied change was approved, and by whom, as of its entry on the stream."""
+    fold(client, upto=entry_id)
+    record = _record(client.hget(_RECORDS, event.change))
+    if record is not None and record.decision == REJECTED:
+        return False, None
+    if (
+        record is not None
+        and record.decision == APPROVED
+        and (record.decided_at or 0.0) <= streams.entry_time(entry_id)
+    ):
+        return True, record.decided_by
+    if event.approved_by and not signers_exist and event.approved_by != (record.by if record else ""):
+        return True, event.approved_by
+    return False, None

@@ -1,0 +1,259 @@
+"""Turns every event on the streams into exactly one RQ job, or into a dead letter with the reason.
+
+Promise: an event whose publish call returned is pending in its stream, or was handed to one job, or is a dead letter.
+The hand-off of a batch is one transaction: enqueue the jobs, mark their ids as handed off, acknowledge the entries. The
+marks are watched, so that of two dispatchers with the same entries only one gets through, and they outlive the events,
+so that a second delivery makes no second job. A crash before the transaction repeats it; after it there is nothing left
+to do. A lost reply looks like a failure here, and the marks tell on the next reading.
+
+What a dead dispatcher left pending is claimed once it has been idle for `CLAIM_IDLE_S`; an entry that was delivered
+more than `MAX_DELIVERIES` times is a dead letter, so that one which kills its reader cannot do so for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import redis.exceptions
+from rq.job import Retry
+from rq.queue import Queue
+
+from backup_worker import due, queues
+from em_bridge import clock, events, streams
+from em_bridge.errors import AgentBackupError, InvalidEvent
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+log = logging.getLogger(__name__)
+
+STREAMS = (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM)
+GROUP = streams.DISPATCHER_GROUP
+BATCH = 100
+BLOCK_MS = 1000
+CLAIM_IDLE_S = 5.0
+CLAIM_EVERY_S = 1.0
+MAX_DELIVERIES = 5
+MARK_TTL_S = 30 * 24 * 3600
+"""How long a job id counts as handed off: longer than any entry stays on a stream."""
+
+RUNS = 3
+"""How often a job whose worker was killed is run again before it fails loudly."""
+JOB_TIMEOUT_S = 3600
+RESULT_TTL_S = 3600
+FAILURE_TTL_S = 7 * 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What an event becomes: a function of `backup_worker.jobs`, its arguments, and the queue."""
+
+    queue: str
+    function: str
+    args: Mapping[str, Any]
+    id: str
+    description: str
+
+
+def plan(stream: str, entry_id: str, event: events.Event) -> Job:
+    """Return the one job that `event` becomes. Pure; raises InvalidEvent for an event nobody here handles."""
+    job_id = f"{stream.removeprefix('em:')}_{entry_id}"
+    at = streams.entry_time(entry_id)
+    match event:
+        case events.AgentState(agent=agent, state=state):
+            queue = queues.RECOVERY if state == events.DEAD else queues.MAINTENANCE
+            args = {"agent": agent, "state": state, "reason": event.reason, "entry": entry_id, "at": at}
+            return Job(queue, "agent_state", args, job_id, f"{agent} is {state}")
+        case events.ConfigApplied(agent=agent, change=change):
+            args = {"entry": entry_id, "type": event.type, "agent": agent, "change": change, "at": at}
+            return Job(queues.BACKUP, "config_change", args, job_id, f"change {change} of {agent} applied")
+        case events.ConfigProposed() | events.ConfigApproved() | events.ConfigRejected():
+            args = {"entry": entry_id, "type": event.type, "change": event.change, "at": at}
+            return Job(queues.BACKUP, "config_change", args, job_id, f"{event.type} {event.change}")
+        case due.BackupDue(tier=tier, slot=slot, agent=agent):
+            args = {"tier": tier, "slot": slot, "agent": agent, "at": at}
+            return Job(queues.BACKUP, "backup", args, f"{tier}_{slot}_{agent}", f"{tier} backup of {agent}")
+        case due.IncidentDue(incident=incident):
+            return Job(queues.RECOVERY, "incident", {"incident": incident}, job_id, f"advance {incident}")
+        case due.MaintenanceDue(task=task):
+            return Job(queues.MAINTENANCE, "maintenance", {"task": task}, job_id, f"maintenance: {task}")
+    raise InvalidEvent(f"{event.type}: is not handled here")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stream entry in our hands: its fields as they were read, and how often it was delivered."""
+
+    stream: str
+    id: str
+    fields: Mapping[bytes, bytes]
+    deliveries: int = 1
+
+
+class Dispatcher:
+    """One reader of the streams. Any number may run side by side."""
+
+    def __init__(self, client: Redis, *, consumer: str | None = None) -> None:
+        self.client = client
+        self.consumer = consumer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._queues: dict[str, Queue] = {}
+        self._next_claim = 0.0
+        self._reread = False
+
+    def prepare(self) -> None:
+        """Create the consumer group on every stream, from the beginning."""
+        for stream in STREAMS:
+            streams.ensure_group(self.client, stream, GROUP)
+
+    def run(self, stop: threading.Event) -> None:
+        """Dispatch until `stop` is set; Redis being away is waited out."""
+        reachable = True
+        pause_s = 0.2
+        while not stop.is_set():
+            try:
+                if not reachable or self._next_claim == 0.0:
+                    self.prepare()
+                self.step()
+                if not reachable:
+                    log.info("redis is back; dispatching goes on")
+                reachable, pause_s = True, 0.2
+            except redis.exceptions.ResponseError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+                # The server lost its data. The streams are new, and so must be the groups.
+                self._next_claim = 0.0
+            except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+                if reachable:
+                    log.warning("redis is away, waiting for it: %s", error)
+                reachable = False
+                self._reread = True
+                stop.wait(pause_s)
+                pause_s = min(5.0, pause_s * 2)
+
+    def step(self, block_ms: int = BLOCK_MS) -> int:
+        """Hand off what is there, waiting up to `block_ms` for something new; return how many entries."""
+        if self._reread:
+            # A transaction whose reply was lost: its entries are acknowledged, or still pending for us.
+            self._hand_off(self._read("0", block_ms=None))
+            self._reread = False
+        now = clock.monotonic()
+        if now >= self._next_claim:
+            self._next_claim = now + CLAIM_EVERY_S
+            claimed = self._hand_off(self._claim())
+            if claimed:
+                log.info("claimed %d entries that another dispatcher left", claimed)
+        return self._hand_off(self._read(">", block_ms=block_ms))
+
+    def _read(self, position: str, *, block_ms: int | None) -> list[Entry]:
+        answer: Any = self.client.xreadgroup(
+            GROUP, self.consumer, dict.fromkeys(STREAMS, position), count=BATCH, block=block_ms
+        )
+        return [
+            Entry(stream.decode(), entry_id.decode(), fields)
+            for stream, entries in answer or ()
+            for entry_id, fields in entries
+        ]
+
+    def _claim(self) -> list[Entry]:
+        claimed = []
+        idle_ms = int(CLAIM_IDLE_S * 1000)
+        for stream in STREAMS:
+            answer: Any = self.client.xautoclaim(
+                stream, GROUP, self.consumer, min_idle_time=idle_ms, count=BATCH
+            )
+            entries = [(entry_id.decode(), fields) for entry_id, fields in answer[1] if fields]
+            if not entries:
+                continue
+            pending: Any = self.client.xpending_range(
+                stream, GROUP, min=entries[0][0], max=entries[-1][0], count=BATCH, consumername=self.consumer
+            )
+            times = {row["message_id"].decode(): row["times_delivered"] for row in pending}
+            claimed += [
+                Entry(stream, entry_id, fields, times.get(entry_id, 1)) for entry_id, fields in entries
+            ]
+        return claimed
+
+    def _hand_off(self, entries: Sequence[Entry]) -> int:
+        """Hand off `entries` in one transaction; return how many there were."""
+        if not entries:
+            return 0
+        planned = [(entry, _plan(entry)) for entry in entries]
+        marks = [_mark(entry, job) for entry, job in planned]
+        with self.client.pipeline(transaction=True) as pipeline:
+            watch: Callable[..., Any] = pipeline.watch
+            while True:
+                try:
+                    watch(*marks)
+                    seen: Any = pipeline.mget(marks)
+                    pipeline.multi()
+                    self._write(pipeline, planned, marks, seen)
+                    pipeline.execute()
+                    return len(entries)
+                except redis.exceptions.WatchError:
+                    # Another dispatcher handed one of these off in between: look again, and leave that one out.
+                    continue
+
+    def _write(
+        self,
+        pipeline: Any,
+        planned: Sequence[tuple[Entry, Job | str]],
+        marks: Sequence[str],
+        seen: Sequence[bytes | None],
+    ) -> None:
+        jobs: dict[str, dict[str, Job]] = {}
+        for (entry, job), mark, already in zip(planned, marks, seen, strict=True):
+            if already is None:
+                pipeline.set(mark, entry.id, ex=MARK_TTL_S)
+                if isinstance(job, Job):
+                    # Keyed by id: the same slot may have been announced twice within this batch.
+                    jobs.setdefault(job.queue, {})[job.id] = job
+                else:
+                    letter = streams.dead_letter(entry.stream, entry.id, job, entry.fields, clock.now())
+                    pipeline.xadd(streams.DEAD_LETTER, events.encode(letter))
+                    log.warning("dead letter: %s %s: %s", entry.stream, entry.id, job)
+        for name, batch in jobs.items():
+            self._queue(name).enqueue_many([_rq_job(job) for job in batch.values()], pipeline=pipeline)
+        for stream in {entry.stream for entry, _ in planned}:
+            ids = [entry.id for entry, _ in planned if entry.stream == stream]
+            pipeline.xack(stream, GROUP, *ids)
+
+    def _queue(self, name: str) -> Queue:
+        if name not in self._queues:
+            self._queues[name] = queues.open_queue(name, self.client)
+            # Asked for now: RQ would otherwise ask in the middle of our transaction.
+            self._queues[name].get_redis_server_version()
+        return self._queues[name]
+
+
+def _plan(entry: Entry) -> Job | str:
+    """Return the entry's job, or the reason why it is a dead letter."""
+    if entry.deliveries > MAX_DELIVERIES:
+        return f"delivered {entry.deliveries} times without being handed off"
+    try:
+        return plan(entry.stream, entry.id, events.decode(entry.fields, stream=entry.stream))
+    except AgentBackupError as error:
+        return error.message
+
+
+def _mark(entry: Entry, job: Job | str) -> str:
+    return "backup:handed-off:" + (job.id if isinstance(job, Job) else f"dead_{entry.stream}_{entry.id}")
+
+
+def _rq_job(job: Job) -> Any:
+    return Queue.prepare_data(
+        f"backup_worker.jobs.{job.function}",
+        args=[dict(job.args)],
+        timeout=JOB_TIMEOUT_S,
+        result_ttl=RESULT_TTL_S,
+        failure_ttl=FAILURE_TTL_S,
+        description=job.description,
+        job_id=job.id,
+        retry=Retry(max=RUNS),
+    )

@@ -1,0 +1,86 @@
+"""What heartbeats prove: that an agent lived after a certain entry, and that a new incarnation lives steadily.
+
+Positions in the heartbeat stream are entry ids, given by the server, so no clock of an agent or of ours matters.
+`Beats` is a pure fold over entries; `read` feeds it from Redis.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from em_bridge import streams
+from em_bridge.errors import InvalidEvent
+from em_bridge.events import Heartbeat, decode
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+REMEMBERED = 256
+"""How many beats of an agent are kept: far more than any `stable_beats`."""
+
+
+@dataclass(slots=True)
+class Beats:
+    """The recent heartbeats of every agent, in stream order, and the last entry that was seen."""
+
+    cursor: str = "0-0"
+    by_agent: dict[str, deque[tuple[str, str]]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=REMEMBERED))
+    )
+    """Agent -> (entry id, incarnation), oldest first."""
+
+    def feed(self, entry_id: str, beat: Heartbeat | None) -> None:
+        """Take in the next entry; None is one that was not a heartbeat."""
+        self.cursor = entry_id
+        if beat is not None:
+            self.by_agent[beat.agent.lower()].append((entry_id, beat.incarnation))
+
+    def lived_after(self, agent: str, mark: str) -> bool:
+        """Tell whether `agent` beat behind entry `mark`."""
+        beats = self.by_agent.get(agent.lower(), ())
+        return any(streams.id_order(entry_id) > streams.id_order(mark) for entry_id, _ in beats)
+
+    def incarnations(self, agent: str) -> tuple[str, ...]:
+        """Return the incarnations of `agent` that beat, in no particular order."""
+        return tuple({incarnation for _, incarnation in self.by_agent.get(agent.lower(), ())})
+
+    def streak(self, agent: str, mark: str, old: Collection[str]) -> tuple[str, int]:
+        """Return the incarnation that beat last behind `mark`, and how many beats in a row were its own.
+
+        An incarnation in `old` never counts, and breaks the row of another one. ("", 0) if there is none.
+        """
+        incarnation, count = "", 0
+        for entry_id, sender in self.by_agent.get(agent.lower(), ()):
+            if streams.id_order(entry_id) <= streams.id_order(mark):
+                continue
+            if sender in old:
+                incarnation, count = "", 0
+            elif sender == incarnation:
+                count += 1
+            else:
+                incarnation, count = sender, 1
+        return incarnation, count
+
+
+def read(client: Redis, beats: Beats) -> Beats:
+    """Feed `beats` with everything behind its cursor, and return it."""
+    for entry_id, fields in streams.read_range(client, streams.HEARTBEATS, start=f"({beats.cursor}"):
+        beats.feed(entry_id, _heartbeat(fields))
+    return beats
+
+
+def _heartbeat(fields: streams.Fields) -> Heartbeat | None:
+    try:
+        event = decode(fields)
+    except InvalidEvent:
+        # A stray writer must not stop a recovery; the EM's monitor reports such entries.
+        return None
+    return event if isinstance(event, Heartbeat) else None
+
+
+def earliest(marks: Iterable[str]) -> str:
+    """Return the smallest of `marks`, or the beginning of the stream."""
+    return min(marks, key=streams.id_order, default="0-0")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from backup_worker.config.document import Place
@@ -274,12 +274,7 @@ def _below(inner: Path, outer: Path) -> bool:
 
 
 def _covers(pattern: str, path: str) -> bool:
-    """Tell whether `pattern` excludes `path`: `**` is any number of folders, a pattern without `/` any name."""
-    if "/" not in pattern:
-        return any(PurePosixPath(part).match(pattern) for part in path.split("/"))
-    parts = [
-        ".*" if part == "**" else re.escape(part).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
-        for part in pattern.split("/")
-    ]
-    expression = "/".join(parts).replace(".*/", "(.*/)?")
-    return re.fullmatch(expression, path) is not None
+    """Tell whether the engine takes `path` as excluded by `pattern`."""
+    from backup_worker.snapshots.scope import Scope
+
+    return Scope((), (pattern,)).excludes(path)

@@ -26,6 +26,7 @@ _WRONG_TYPE = {
     "path_type", "none_required", "model_attributes_type", "is_instance_of", "finite_number",
 }  # fmt: skip
 _SHOWN_LENGTH = 60
+_EXAMPLE_LENGTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 def _problem(details: ErrorDetails, schema: JsonSchema, document: Any, file: str) -> Problem:
     place = tuple(step for step in details["loc"] if step != "[key]")
     here = _schema_at(schema, place)
-    title, example = here.get("title", "value"), _example(here)
+    title, example = _title(here), _example(here)
     value = _shown(_value_at(document, place, details["input"]), place)
     hint = here.get("description")
     kind = details["type"]
@@ -80,17 +81,16 @@ def _problem(details: ErrorDetails, schema: JsonSchema, document: Any, file: str
         return _unknown_key(place, schema, file)
     if kind == "missing":
         return Problem(file, place[:-1], f'key "{place[-1]}" is missing{example}', hint)
-    if kind == "string_pattern_mismatch":
-        text = (
-            f"{value} is not a name that can be used here; write letters, digits and {_separators(details)}"
-        )
-        return Problem(file, place[:-1] if "[key]" in details["loc"] else place, text)
+    if "[key]" in details["loc"]:
+        return _bad_name(details, place, file)
     if kind == "value_error":
         return Problem(file, place, str(details["ctx"]["error"]), hint)
     if kind == "literal_error":
         known = [str(choice) for choice in here.get("enum", [])] or [str(here.get("const"))]
         raw = details["input"]
         return Problem(file, place, f"{value} is not known{suggestion(str(raw), known)}", hint)
+    if kind == "bool_type":
+        return Problem(file, place, f"{value} is neither true nor false; write it without quotes", hint)
     if kind in _WRONG_TYPE:
         return Problem(file, place, f"{value} is not a {title}{example}".replace(" a a", " an a"), hint)
     if kind in ("too_short", "string_too_short"):
@@ -108,15 +108,18 @@ def _limit(details: ErrorDetails) -> str:
     }
     if details["type"] in words:
         key, text = words[details["type"]]
-        return f"{text} {context[key]}"
+        return f"{text} {context[key]:g}"
     return f"is wrong: {details['msg'][:1].lower()}{details['msg'][1:]}"
 
 
-def _separators(details: ErrorDetails) -> str:
-    pattern = details.get("ctx", {}).get("pattern", "")
-    return (
-        "hyphens (it becomes a folder's name)" if "_" not in pattern else "- or _ after the first, at most 63"
-    )
+def _bad_name(details: ErrorDetails, place: Place, file: str) -> Problem:
+    shown = json.dumps(place[-1], ensure_ascii=False)
+    if details["type"] != "string_pattern_mismatch":
+        return Problem(file, place[:-1], f"{shown} is too long for a name")
+    allowed = "letters, digits, - and _ (the first a letter or digit, at most 63)"
+    if "_" not in details["ctx"]["pattern"]:
+        allowed = "letters, digits and single hyphens between them: it becomes a folder's name"
+    return Problem(file, place[:-1], f"{shown} is not a name that can be used here; write {allowed}")
 
 
 def _unknown_key(place: Place, schema: JsonSchema, file: str) -> Problem:
@@ -141,7 +144,7 @@ def _resolve(schema: JsonSchema, part: JsonSchema) -> JsonSchema:
         own = {key: value for key, value in part.items() if key in ("title", "description", "examples")}
         if "$ref" in part:
             part = {**schema["$defs"][part["$ref"].rsplit("/", 1)[-1]], **own}
-        elif "anyOf" in part:
+        elif "anyOf" in part and "type" not in part:
             part = {**next(branch for branch in part["anyOf"] if branch.get("type") != "null"), **own}
         else:
             return part
@@ -165,8 +168,19 @@ def _entry(here: JsonSchema) -> JsonSchema:
     return entry if isinstance(entry, dict) else {}
 
 
+def _title(here: JsonSchema) -> str:
+    words = {"string": "text", "object": "map", "array": "list"}
+    # A model's own title is the name of its class, which means nothing to whoever writes the file.
+    title = str(here.get("title", ""))
+    return (
+        title
+        if title and not title[0].isupper()
+        else words.get(str(here.get("type")), "value of the right kind")
+    )
+
+
 def _example(here: JsonSchema) -> str:
-    if not here.get("examples"):
+    if not here.get("examples") or len(json.dumps(here["examples"][0])) > _EXAMPLE_LENGTH:
         words = {"string": ' a text in quotes, "…"', "object": " a map, {…}", "array": " a list, […]"}
         return f"; write{words[here['type']]}" if here.get("type") in words else ""
     return f"; write for example {json.dumps(here['examples'][0], ensure_ascii=False)}"

@@ -90,6 +90,15 @@ class Model(BaseModel):
 class Tier(Model):
     """One kind of snapshot: when it is made, what goes in and how many are kept."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["cron"], "properties": {"cron": {"type": "string"}}},
+                {"required": ["events"], "properties": {"events": {"minItems": 1}}},
+            ]
+        }
+    )
+
     cron: str | None = Field(
         None,
         title="cron expression",

@@ -24,10 +24,20 @@ def schemas() -> dict[str, str]:
     return {schema_name(file): _text(model, title) for file, (model, title) in _FILES.items()}
 
 
+def _close(part: Any) -> None:
+    """Refuse keys that no pattern takes: to JSON Schema, a key that matches no pattern is any value."""
+    if isinstance(part, dict):
+        if "patternProperties" in part:
+            part["additionalProperties"] = False
+        for inner in part.values():
+            _close(inner)
+
+
 def _text(model: type[Model], title: str) -> str:
     schema: dict[str, Any] = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **model.model_json_schema(),
     }
     schema["title"] = title
+    _close(schema)
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

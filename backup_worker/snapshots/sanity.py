@@ -1,0 +1,150 @@
+"""Good or suspect: does what was copied look like a living agent's files?
+
+Checksums only prove that a copy equals its original. These checks find originals that were wiped, half written or
+poisoned with nonsense; the snapshot is kept all the same, but marked, and never restored by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from backup_worker.snapshots.disk import Tree
+from backup_worker.snapshots.manifest import Entry, Manifest, Problem
+from backup_worker.snapshots.scope import AgentFiles, Scope
+from backup_worker.snapshots.sqlite import integrity_problem, is_database
+
+_PARSE_LIMIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`shrink`: a snapshot with less than this share of the last good one's files or bytes is suspect (None: never).
+    `reserve_bytes`: space that a backup leaves free on the repository's file system.
+    """
+
+    shrink: float | None = 0.5
+    reserve_bytes: int = 0
+
+
+def judge(
+    agent: AgentFiles,
+    scope: Scope,
+    files: Tree,
+    entries: Mapping[str, Entry],
+    last_good: Manifest | None,
+    limits: Limits,
+) -> list[Problem]:
+    """Return why the snapshot is suspect; empty if it is good."""
+    found = list(_missing(agent, scope, entries))
+    skills = Scope(tuple(agent.files.get("skills", ())))
+    for entry in entries.values():
+        problem = (
+            _content_problem(files, entry, is_skill=skills.covers(entry.path))
+            if entry.kind == "file"
+            else None
+        )
+        if problem:
+            found.append(Problem(entry.path, problem))
+    if last_good is not None and limits.shrink is not None:
+        found += _shrunk(scope, entries, last_good, limits.shrink)
+    return found
+
+
+def _missing(agent: AgentFiles, scope: Scope, entries: Mapping[str, Entry]) -> Iterable[Problem]:
+    for path in agent.required:
+        path = path.strip("/")
+        if not scope.covers(path):
+            continue
+        entry = entries.get(path)
+        if entry is None:
+            yield Problem(path, "required, and missing")
+        elif _is_empty(entry, entries):
+            yield Problem(path, "required, and empty")
+
+
+def _is_empty(entry: Entry, entries: Mapping[str, Entry]) -> bool:
+    if entry.kind == "dir":
+        return not any(other.startswith(entry.path + "/") for other in entries)
+    return entry.kind == "file" and entry.size == 0
+
+
+def _content_problem(files: Tree, entry: Entry, *, is_skill: bool) -> str | None:
+    if entry.sqlite or (entry.size and is_database(_beginning(files, entry.path))):
+        return integrity_problem(os.path.join(files.path, entry.path))
+    if entry.size > _PARSE_LIMIT_BYTES:
+        return None
+    if entry.path.endswith(".json"):
+        return json_problem(files.read_bytes(entry.path))
+    if is_skill and entry.path.endswith(".py"):
+        return _python_problem(files.read_bytes(entry.path), entry.path)
+    return None
+
+
+def _beginning(files: Tree, path: str) -> bytes:
+    fd = files.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, 20)
+    finally:
+        os.close(fd)
+
+
+def json_problem(content: bytes) -> str | None:
+    """Return why `content` is not JSON by RFC 8259 and I-JSON, or None.
+
+    Python's parser accepts NaN, duplicate keys and a byte-order mark; other parsers stumble over them.
+    """
+    if content.startswith(b"\xef\xbb\xbf"):
+        return "not valid JSON: it begins with a byte-order mark"
+    try:
+        json.loads(content.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        return f"not valid JSON: not UTF-8 at byte {error.start}"
+    except json.JSONDecodeError as error:
+        return f"not valid JSON: {error.msg.lower()} at line {error.lineno}, column {error.colno}"
+    except (ValueError, RecursionError) as error:
+        return f"not valid JSON: {error or 'nested too deep'}"
+    return None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"“{name}” is not a JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in keys:
+            raise ValueError(f"the key “{key}” is there twice")
+        keys[key] = value
+    return keys
+
+
+def _python_problem(content: bytes, path: str) -> str | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(content, os.fsencode(path), "exec", dont_inherit=True)
+    except SyntaxError as error:
+        return f"does not compile: {error.msg} at line {error.lineno}"
+    except (ValueError, RecursionError, MemoryError, OverflowError) as error:
+        return f"does not compile: {error}"
+    return None
+
+
+def _shrunk(
+    scope: Scope, entries: Mapping[str, Entry], last_good: Manifest, limit: float
+) -> Iterable[Problem]:
+    """Compare only what both snapshots cover: a changed `include` or `exclude` is no loss."""
+    before = [e for e in last_good.entries if e.kind == "file" and scope.covers(e.path)]
+    after = [e for e in entries.values() if e.kind == "file" and last_good.scope.covers(e.path)]
+    for what, old, new in (
+        ("files", len(before), len(after)),
+        ("bytes", sum(e.size for e in before), sum(e.size for e in after)),
+    ):
+        if new < old * limit:
+            yield Problem(".", f"shrank from {old} to {new} {what} since “{last_good.id}”")

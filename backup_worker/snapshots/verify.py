@@ -1,0 +1,118 @@
+"""Prove a snapshot: re-read every byte from the disk and compare it with what was written down.
+
+Nothing is assumed: a missing, added, changed, retyped or too widely readable file is a problem, and so is any byte of
+the manifest or of `SHA256SUMS`. The result is noted in the repository; a damaged snapshot is no longer restored from
+and no longer counts as good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+
+from backup_worker.snapshots import disk
+from backup_worker.snapshots.disk import ReadError, Tree
+from backup_worker.snapshots.errors import SnapshotError
+from backup_worker.snapshots.manifest import CHECKSUMS, FILES, MANIFEST, Entry, Manifest, Problem, checksums
+from backup_worker.snapshots.repository import Repository
+
+
+def verify_snapshot(repo: Repository, identifier: str, now: float) -> list[Problem]:
+    """Re-read the snapshot `identifier` and return what is wrong with it; empty means proven.
+
+    Writes down the date, or the damage. Raises NotFound. May run beside backups, restores and prunes.
+    """
+    with repo.hold([identifier]):
+        problems = examine(repo, identifier)
+        # A repository that is mounted read-only can be verified all the same.
+        with contextlib.suppress(PermissionError, OSError):
+            repo.record_verified(identifier, now=now, ok=not problems)
+    return problems
+
+
+def examine(repo: Repository, identifier: str) -> list[Problem]:
+    """Return what is wrong with a snapshot, without writing anything down."""
+    try:
+        manifest = repo.get(identifier)
+    except SnapshotError as error:
+        return [Problem(MANIFEST, error.message)]
+    try:
+        with Tree(repo.path(identifier)) as top:
+            problems = list(_paper_problems(top, manifest))
+            with Tree(FILES, dir_fd=top.fd) as files:
+                problems += _tree_problems(files, manifest)
+                problems += _content_problems(files, manifest.entries)
+    except OSError as error:
+        return [Problem(FILES, f"cannot be read: {(error.strerror or str(error)).lower()}")]
+    return problems
+
+
+def unproven(files: Tree, entries: Iterable[Entry]) -> list[Entry]:
+    """Re-read the regular files among `entries` from the disk; return those that are not what they should be."""
+    return [entry for entry in entries if entry.kind == "file" and _content_problem(files, entry) is not None]
+
+
+def _paper_problems(top: Tree, manifest: Manifest) -> Iterator[Problem]:
+    content = top.read_bytes(MANIFEST)
+    try:
+        written = top.read_bytes(CHECKSUMS)
+    except FileNotFoundError:
+        yield Problem(CHECKSUMS, "missing")
+    else:
+        if written != checksums(content, manifest.entries):
+            yield Problem(CHECKSUMS, "does not agree with the manifest: one of the two was changed")
+    if stat.S_IMODE(os.fstat(top.fd).st_mode) & 0o077:
+        yield Problem(".", "readable by others than its owner")
+    for name in sorted(os.listdir(top.fd)):
+        if name not in (MANIFEST, CHECKSUMS, FILES):
+            yield Problem(name, "was added")
+
+
+def _tree_problems(files: Tree, manifest: Manifest) -> Iterator[Problem]:
+    expected = manifest.by_path()
+    expected.pop(".", None)
+    for path, info in disk.walk(files):
+        entry = expected.pop(path, None)
+        if entry is None:
+            yield Problem(path, "was added")
+            continue
+        kind = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}.get(
+            stat.S_IFMT(info.st_mode)
+        )
+        if kind != entry.kind:
+            yield Problem(path, f"is no longer a {entry.kind}")
+        elif kind != "link" and info.st_mode & 0o077:
+            yield Problem(path, "readable by others than its owner")
+        elif kind == "link":
+            folder, name = files.at(path)
+            if os.readlink(name, dir_fd=folder) != entry.target:
+                yield Problem(path, "points elsewhere")
+    for path in expected:
+        yield Problem(path, "missing")
+
+
+def _content_problems(files: Tree, entries: Iterable[Entry]) -> Iterator[Problem]:
+    for entry in entries:
+        if entry.kind == "file":
+            problem = _content_problem(files, entry)
+            if problem:
+                yield Problem(entry.path, problem)
+
+
+def _content_problem(files: Tree, entry: Entry) -> str | None:
+    """Compare one file; None if it is proven, or not there as a file (which `_tree_problems` reports)."""
+    try:
+        fd = files.open(entry.path, os.O_RDONLY)
+    except OSError as error:
+        return f"cannot be opened: {(error.strerror or '').lower()}"
+    try:
+        size, digest = disk.hash_from_disk(fd)
+    except ReadError as error:
+        return f"cannot be read: {(error.strerror or '').lower()}"
+    finally:
+        os.close(fd)
+    if size != entry.size:
+        return f"has {size} bytes, not {entry.size}"
+    return None if digest == entry.sha256 else "its content changed"

@@ -37,14 +37,20 @@ class RedisUnavailable(AgentBackupError):
     retryable = True
 
 
+class RedisRefused(RedisUnavailable):
+    """Redis is there but does not let us in, or not do this; trying again does not help (exit code 3)."""
+
+    retryable = False
+
+
 class NotFound(AgentBackupError):
     """There is no such agent, snapshot, incident or change (exit code 4)."""
 
     exit_code = 4
 
 
-class InvalidEvent(AgentBackupError):
-    """A stream entry or an event does not keep to the contract; the message is the dead letter's reason."""
+class InvalidEvent(UsageError):
+    """A stream entry or an event does not keep to the contract; the message is the dead letter's reason (exit 2)."""
 
 
 class OutboxFull(AgentBackupError):

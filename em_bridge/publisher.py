@@ -1,0 +1,141 @@
+"""The EM's side of the bus: publish agent states and config changes.
+
+Promise: when a call returns, its event stands on its stream exactly once, also if the reply to an attempt was lost.
+While Redis is away the call tries again, with growing pauses, for `patience_s`; then it raises `RedisUnavailable`, and
+whether the last attempt arrived is unknown. A refusal (wrong password, missing right) is raised at once.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import redis
+import tenacity
+
+from em_bridge import clock, streams
+from em_bridge.connection import as_client, translate_errors
+from em_bridge.errors import RedisUnavailable
+from em_bridge.events import AgentState, ConfigApplied, ConfigApproved, ConfigProposed, ConfigRejected, Event
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+
+
+def _passes(error: BaseException) -> bool:
+    return isinstance(error, RedisUnavailable) and error.retryable
+
+
+class Publisher:
+    """Publishes events through `url_or_client` (default `$REDIS_URL`); `patience_s` is how long a call keeps trying.
+
+    Safe for several threads. Each method returns the id of the stream entry and raises `InvalidEvent` if an argument
+    breaks the contract, `RedisUnavailable` after `patience_s`, `RedisRefused` at once.
+    """
+
+    def __init__(self, url_or_client: str | redis.Redis | None = None, *, patience_s: float = 30.0) -> None:
+        self._owned = url_or_client is None or isinstance(url_or_client, str)
+        self._client = as_client(url_or_client, retrying=False)
+        self._patience_s = patience_s
+
+    def agent_state(
+        self,
+        agent: str,
+        state: str,
+        *,
+        reason: str = "",
+        at: float | None = None,
+        incarnation: str | None = None,
+    ) -> str:
+        """Say that `agent` is `ALIVE`, `DEGRADED` or `DEAD`."""
+        return self.publish(AgentState(agent, state, reason, _or_now(at), incarnation))
+
+    def config_proposed(
+        self,
+        change: str,
+        agent: str,
+        paths: Sequence[str],
+        by: str,
+        *,
+        reason: str = "",
+        at: float | None = None,
+        proposed: Mapping[str, bytes] | None = None,
+    ) -> str:
+        """Ask for a change of `agent`'s files; `proposed` maps a path to its new content."""
+        return self.publish(ConfigProposed(change, agent, tuple(paths), by, reason, _or_now(at), proposed))
+
+    def config_approved(
+        self,
+        change: str,
+        by: str,
+        *,
+        reason: str = "",
+        at: float | None = None,
+        signature: str | bytes | None = None,
+    ) -> str:
+        """Say that `by` approves `change`."""
+        return self.publish(ConfigApproved(change, by, reason, _or_now(at), signature))
+
+    def config_rejected(
+        self,
+        change: str,
+        by: str,
+        *,
+        reason: str = "",
+        at: float | None = None,
+        signature: str | bytes | None = None,
+    ) -> str:
+        """Say that `by` rejects `change`."""
+        return self.publish(ConfigRejected(change, by, reason, _or_now(at), signature))
+
+    def config_applied(
+        self,
+        change: str,
+        agent: str,
+        paths: Sequence[str],
+        by: str = "",
+        approved_by: str | None = None,
+        *,
+        reason: str = "",
+        at: float | None = None,
+    ) -> str:
+        """Say that `change` now stands in `agent`'s files."""
+        return self.publish(ConfigApplied(change, agent, tuple(paths), by, approved_by, reason, _or_now(at)))
+
+    def publish(self, event: Event) -> str:
+        """Append `event` to its stream, once; return the entry id."""
+        once = uuid.uuid4().hex
+        # The marker must outlive the last attempt of this call by far; afterwards nobody asks for it.
+        ttl_s = max(600.0, 4 * self._patience_s)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_passes),
+            stop=tenacity.stop_after_delay(self._patience_s),
+            wait=tenacity.wait_exponential_jitter(
+                multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S, jitter=_FIRST_PAUSE_S
+            ),
+            reraise=True,
+        )
+        return retrying(self._attempt, event, once, ttl_s)
+
+    def _attempt(self, event: Event, once: str, ttl_s: float) -> str:
+        with translate_errors(self._client):
+            return streams.append_once(self._client, event, once=once, ttl_s=ttl_s)
+
+    def close(self) -> None:
+        """Close the connections, if they are our own."""
+        if self._owned:
+            self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _or_now(at: float | None) -> float:
+    return clock.now() if at is None else at

@@ -1,0 +1,45 @@
+"""Lua scripts: sent once, then called by their hash; the fence that keeps a deposed holder's writes out.
+
+Promise: a `Script` runs as one step on the server. A fenced script does nothing at all, and raises `LeaseLost`, when a
+newer holder of the lease exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Final
+
+import redis
+from redis import exceptions
+
+from em_bridge.errors import LeaseLost
+
+Arg = str | bytes | int | float
+
+FENCE: Final = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  return redis.error_reply('FENCED a newer holder has the lease')
+end
+"""
+"""First lines of a fenced script: KEYS[1] is the lease's epoch key, ARGV[1] the caller's epoch."""
+
+
+class Script:
+    """One Lua script. `keys` and `args` are as in EVAL; the answer is redis-py's."""
+
+    def __init__(self, lua: str, *, fenced: bool = False) -> None:
+        self.lua = FENCE + lua if fenced else lua
+        self.sha = hashlib.sha1(self.lua.encode(), usedforsecurity=False).hexdigest()
+
+    def __call__(self, client: redis.Redis, keys: Sequence[str] = (), args: Sequence[Arg] = ()) -> Any:
+        """Run the script. Raises `LeaseLost` if it is fenced and the epoch has passed, else what redis-py raises."""
+        try:
+            try:
+                return client.evalsha(self.sha, len(keys), *keys, *args)
+            except exceptions.NoScriptError:
+                return client.eval(self.lua, len(keys), *keys, *args)
+        except exceptions.ResponseError as error:
+            if "FENCED" in str(error):
+                raise LeaseLost("a newer holder has the lease; the write was refused") from None
+            raise

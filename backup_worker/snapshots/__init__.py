@@ -5,25 +5,53 @@ It knows nothing of Redis, RQ or the web, and gets plain dataclasses instead of 
 
 from __future__ import annotations
 
+from backup_worker.snapshots.diff import Difference, diff
 from backup_worker.snapshots.errors import NoSpace, SnapshotError
 from backup_worker.snapshots.manifest import Entry, Head, Manifest, Problem
 from backup_worker.snapshots.repository import Repository
+from backup_worker.snapshots.restore import RestoreResult, execute, keep_evidence
+from backup_worker.snapshots.retention import (
+    Decision,
+    Policy,
+    RetentionPlan,
+    plan_prune,
+    plan_retention,
+    prune,
+)
 from backup_worker.snapshots.sanity import Limits
 from backup_worker.snapshots.scope import AgentFiles, Scope
+from backup_worker.snapshots.state import Changes, RestorePlan, compare, plan_restore
+from backup_worker.snapshots.swap import finish_interrupted
 from backup_worker.snapshots.take import take_snapshot
 from backup_worker.snapshots.verify import verify_snapshot
 
 __all__ = [
     "AgentFiles",
+    "Changes",
+    "Decision",
+    "Difference",
     "Entry",
     "Head",
     "Limits",
     "Manifest",
     "NoSpace",
+    "Policy",
     "Problem",
     "Repository",
+    "RestorePlan",
+    "RestoreResult",
+    "RetentionPlan",
     "Scope",
     "SnapshotError",
+    "compare",
+    "diff",
+    "execute",
+    "finish_interrupted",
+    "keep_evidence",
+    "plan_prune",
+    "plan_restore",
+    "plan_retention",
+    "prune",
     "take_snapshot",
     "verify_snapshot",
 ]

@@ -266,6 +266,8 @@ def remove_at(folder: int, name: str) -> None:
 
 
 def _remove_full(folder: int, name: str) -> None:
+    with contextlib.suppress(PermissionError):
+        os.chmod(name, 0o700, dir_fd=folder)
     with Tree(name, dir_fd=folder) as tree:
         paths = []
         for path, info in walk_writable(tree):

@@ -100,6 +100,15 @@ class Repository:
             )
         return _noted(manifest, self._notes())
 
+    def get_head(self, identifier: str) -> Head:
+        """Return one snapshot without its entries. Raises NotFound if it is gone or unreadable."""
+        split_id(identifier)
+        try:
+            with open(self.path(identifier) / MANIFEST, "rb") as file:
+                return _noted(read_head(file), self._notes())
+        except (SnapshotError, OSError) as error:
+            raise NotFound(f"there is no snapshot “{identifier}”", hint="see `backup-worker list`") from error
+
     def path(self, identifier: str) -> Path:
         """Return the folder of a snapshot, there or not. Raises NotFound for what is not an id."""
         return self.root.joinpath(*split_id(identifier))

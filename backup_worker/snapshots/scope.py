@@ -18,7 +18,7 @@ from em_bridge.errors import UsageError
 
 AGENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 WORKSHOP = ".agent-backup-restore"
-"""Folder of a restore under way; never part of a snapshot."""
+"""Folder of a restore under way (beside its target: with `-` and the target's name); never part of a snapshot."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Scope:
 
     @cached_property
     def _excluded(self) -> re.Pattern[str]:
-        return _compile(_translate(p, anchored=False) for p in (*self.exclude, WORKSHOP))
+        return _compile(_translate(p, anchored=False) for p in (*self.exclude, WORKSHOP, WORKSHOP + "-*"))
 
     @cached_property
     def _literal_starts(self) -> tuple[str, ...]:

@@ -25,15 +25,19 @@ def verify_snapshot(repo: Repository, identifier: str, now: float) -> list[Probl
     Writes down the date, or the damage. Raises NotFound. May run beside backups, restores and prunes.
     """
     with repo.hold([identifier]):
-        problems = examine(repo, identifier)
-        # A repository that is mounted read-only can be verified all the same.
-        with contextlib.suppress(PermissionError, OSError):
-            repo.record_verified(identifier, now=now, ok=not problems)
+        return prove(repo, identifier, now=now)
+
+
+def prove(repo: Repository, identifier: str, *, now: float) -> list[Problem]:
+    """As `verify_snapshot`, for a caller that holds the snapshot already, or takes NotFound for an answer."""
+    problems = _examine(repo, identifier)
+    # A repository that is mounted read-only, or full, can be verified all the same.
+    with contextlib.suppress(OSError):
+        repo.record_verified(identifier, now=now, ok=not problems)
     return problems
 
 
-def examine(repo: Repository, identifier: str) -> list[Problem]:
-    """Return what is wrong with a snapshot, without writing anything down."""
+def _examine(repo: Repository, identifier: str) -> list[Problem]:
     try:
         manifest = repo.get(identifier)
     except SnapshotError as error:

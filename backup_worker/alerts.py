@@ -232,7 +232,7 @@ def _outcome(
     failed = [result for _, result in results if not result.told]
     told_at = now if any(result.told for _, result in results) else one.told_at
     if failed:
-        pause = min(FIRST_PAUSE_S * 2.0**one.failures, repeat_s)
+        pause = min(FIRST_PAUSE_S * 2.0 ** min(one.failures, 16), repeat_s)
         reason = "; ".join(f"{result.receiver}: {result.detail}" for result in failed)
         return replace(
             one,

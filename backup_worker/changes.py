@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 PROPOSED, APPROVED, REJECTED, APPLIED = "proposed", "approved", "rejected", "applied"
 
+ConfigChange = events.ConfigProposed | events.ConfigApproved | events.ConfigRejected | events.ConfigApplied
+"""The events on the stream of config changes."""
+
 _RECORDS = "backup:changes"
 CURSOR = "backup:changes:cursor"
 _BATCH = 500
@@ -57,8 +60,8 @@ class Change:
         return record
 
 
-def advance(change: Change | None, event: events.Event, at: float) -> Change | None:
-    """Return the record of a change after `event`; None if the event is about no change. Pure."""
+def advance(change: Change | None, event: ConfigChange, at: float) -> Change:
+    """Return the record of a change after `event`, which the server took at `at` (Unix seconds). Pure."""
     match event:
         case events.ConfigProposed():
             if change is not None and change.state in (APPROVED, REJECTED, APPLIED):
@@ -85,7 +88,6 @@ def advance(change: Change | None, event: events.Event, at: float) -> Change | N
         case events.ConfigApplied():
             known = change or Change(event.change, APPLIED, by=event.by, reason=event.reason)
             return replace(known, state=APPLIED, agent=event.agent, paths=event.paths, applied_at=at)
-    return None
 
 
 def fold(client: Redis, upto: str = "+") -> None:
@@ -119,13 +121,13 @@ def fold(client: Redis, upto: str = "+") -> None:
                 return
 
 
-def _event(fields: Any) -> Any:
+def _event(fields: Any) -> ConfigChange | None:
     try:
         event = events.decode(fields, stream=streams.CONFIG_CHANGE)
     except InvalidEvent:
         # The dispatcher makes a dead letter of it.
         return None
-    return event if hasattr(event, "change") else None
+    return event if isinstance(event, ConfigChange) else None
 
 
 def _record(data: Any) -> Change | None:
@@ -158,10 +160,15 @@ def all_changes(client: Redis) -> list[Change]:
 def judge(
     client: Redis, event: events.ConfigApplied, entry_id: str, *, signers_exist: bool
 ) -> tuple[bool, str | None]:
-    """Return whether the applied change was approved, and by whom, as of its entry on the stream."""
+    """Return whether the applied change was approved, and by whom, as of its entry on the stream.
+
+    Where signers exist, a word without a signature that proves it counts for nothing.
+    """
     fold(client, upto=entry_id)
     record = _record(client.hget(_RECORDS, event.change))
     if record is not None and record.decision == REJECTED:
+        return False, None
+    if signers_exist:
         return False, None
     if (
         record is not None
@@ -169,6 +176,6 @@ def judge(
         and (record.decided_at or 0.0) <= streams.entry_time(entry_id)
     ):
         return True, record.decided_by
-    if event.approved_by and not signers_exist and event.approved_by != (record.by if record else ""):
+    if event.approved_by and event.approved_by != (record.by if record else ""):
         return True, event.approved_by
     return False, None

@@ -156,17 +156,21 @@ class Recovery:
             incident = self._noted(
                 incident, SELECT, False, "the state on disk is not sane: " + "; ".join(problems)
             )
-        ids = self.states.choose(incident.agent, exclude=incident.tried)
-        chosen = self._noted(incident, SELECT, True, "state of " + ", ".join(ids))
-        return self._enter(chosen, RESTORE, chosen=tuple(ids))
+        # As of the death: what was stored of the dead agent since is no state to go back to.
+        plan = self.states.choose(incident.agent, as_of=incident.opened_at, exclude=incident.tried)
+        chosen = self._noted(incident, SELECT, True, "state of " + ", ".join(plan.sources))
+        return self._enter(chosen, RESTORE, chosen=plan.sources)
 
     def _restore(self, incident: Incident, agent: AgentConfig) -> Incident:
         kept = self.evidence_folder(incident) / f"tree-{len(incident.evidence) + 1}"
-        result = self.states.restore(incident.agent, exclude=incident.tried, evidence=kept)
-        evidence = (*incident.evidence, result.evidence) if result.evidence else incident.evidence
+        result = self.states.restore(
+            incident.agent, as_of=incident.opened_at, exclude=incident.tried, evidence=kept
+        )
+        evidence = (*incident.evidence, str(result.evidence)) if result.evidence else incident.evidence
         detail = f"{result.files} files, {result.bytes} bytes, verified and swapped in"
-        if result.evidence:
-            detail += f"; what stood there is in {result.evidence}"
+        detail += (
+            f"; what stood there is in {result.evidence}" if result.evidence else "; it stood there already"
+        )
         done = self._noted(replace(incident, evidence=evidence), RESTORE, True, detail)
         return self._enter(done, DEPEND, deadline=self.now() + agent.heartbeat.verify_within)
 

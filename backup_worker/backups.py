@@ -1,0 +1,155 @@
+"""Making snapshots, with everything that belongs to it: the record, the alerts, and retention behind a good one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from backup_worker import changes
+from backup_worker.config import Tier
+from backup_worker.runtime import Runtime
+from backup_worker.schedule import slot_name
+from backup_worker.snapshots import Limits, Manifest, Policy, plan_prune, prune, take_snapshot
+from em_bridge import events, streams
+
+DAYS_OF_EVENT_TIERS = 7
+"""A burst of changes must not push out the last snapshot of each of so many earlier days."""
+
+RECORDED_TTL_S = 7 * 24 * 3600
+"""How long it is remembered that a snapshot is on the record: longer than any job is run again."""
+
+
+def scheduled(runtime: Runtime, agent: str, tier_name: str, slot: str, *, now: float) -> Manifest:
+    """Return the snapshot of `slot`, made now if it is not there yet.
+
+    Raises NotFound for an unknown agent or tier, AgentBackupError if the snapshot cannot be made.
+    """
+    tier = runtime.config.tier(tier_name)
+    return _make(runtime, agent, tier_name, tier, slot, now, reason="scheduled", on_taken="return")
+
+
+def by_hand(runtime: Runtime, agent: str, tier_name: str, *, now: float) -> Manifest:
+    """Make a snapshot now; if the slot is taken, it gets the next free name."""
+    tier = runtime.config.tier(tier_name)
+    slot = slot_name(tier, runtime.config.schedule.timezone, now)
+    return _make(runtime, agent, tier_name, tier, slot, now, reason="by hand", on_taken="next")
+
+
+def on_change(runtime: Runtime, event: changes.ConfigChange, entry: str, *, now: float) -> list[Manifest]:
+    """Record a change event and make the snapshots that the tiers want for its type.
+
+    `entry` is the event's id on the stream: it names the slot and makes a second run return the same snapshots.
+    """
+    known = changes.get(runtime.redis, event.change)
+    approved, approved_by = None, None
+    if isinstance(event, events.ConfigApplied):
+        signers = runtime.config.allowed_signers.exists()
+        approved, approved_by = changes.judge(runtime.redis, event, entry, signers_exist=signers)
+    _tell(runtime, event, known, approved, approved_by)
+    at = streams.entry_time(entry)
+    made = []
+    for name, tier in runtime.config.schedule.tiers.items():
+        if event.type in tier.events and known.agent:
+            slot = slot_name(tier, runtime.config.schedule.timezone, at)
+            reason = f"{event.type} {event.change}" + (f": {known.reason}" if known.reason else "")
+            made.append(
+                _make(
+                    runtime, known.agent, name, tier, slot, now, reason=reason, on_taken="next",
+                    event=f"{streams.CONFIG_CHANGE}/{entry}", approved=approved, approved_by=approved_by,
+                )
+            )  # fmt: skip
+    return made
+
+
+def _tell(
+    runtime: Runtime,
+    event: changes.ConfigChange,
+    known: changes.Change,
+    approved: bool | None,
+    approved_by: str | None,
+) -> None:
+    """Put a change event on the record, and open or close the alerts that belong to it."""
+    waiting, unapproved = f"change/{event.change}", f"unapproved/{event.change}"
+    runtime.record(
+        "change", event=event.type, change=event.change, agent=known.agent, paths=list(known.paths), by=event.by,
+        reason=event.reason, approved=approved, approved_by=approved_by,
+    )  # fmt: skip
+    if known.state == changes.PROPOSED:
+        why = known.reason or "no reason given"
+        body = f"{known.by} asks to change {', '.join(known.paths)} of {known.agent}: {why}"
+        title = f"change {event.change} of {known.agent} waits for approval"
+        runtime.alert(waiting, "info", title, body, agent=known.agent)
+    else:
+        runtime.resolve(waiting)
+    if approved is False:
+        body = f"{', '.join(known.paths)} of {known.agent} was changed by {event.by or 'somebody'} without an approval"
+        runtime.alert(unapproved, "critical", f"unapproved change of {known.agent}", body, agent=known.agent)
+
+
+def _make(
+    runtime: Runtime,
+    agent: str,
+    tier_name: str,
+    tier: Tier,
+    slot: str,
+    now: float,
+    *,
+    reason: str,
+    on_taken: Literal["next", "return"],
+    event: str | None = None,
+    approved: bool | None = None,
+    approved_by: str | None = None,
+) -> Manifest:
+    limits = runtime.config.schedule.limits
+    snapshot = take_snapshot(
+        runtime.repository,
+        runtime.config.files_of(agent),
+        tier=tier_name,
+        slot=slot,
+        include=tier.include,
+        unchanged=tier.unchanged,
+        now=now,
+        reason=reason,
+        event=event,
+        approved=approved,
+        approved_by=approved_by,
+        on_taken=on_taken,
+        limits=Limits(shrink=limits.shrink, reserve_bytes=limits.reserve_bytes),
+    )
+    _record(runtime, snapshot)
+    keep_within(runtime, agent, tier_name, now)
+    return snapshot
+
+
+def _record(runtime: Runtime, snapshot: Manifest) -> None:
+    """Put a snapshot on the record once, also if the job that made it was killed right behind the commit."""
+    noted = f"backup:recorded:{snapshot.id}"
+    if runtime.client is not None and runtime.client.exists(noted):
+        return
+    runtime.record(
+        "backup", id=snapshot.id, agent=snapshot.agent, tier=snapshot.tier, status=snapshot.status,
+        files=snapshot.files, bytes=snapshot.bytes, reason=snapshot.reason, approved=snapshot.approved,
+        problems=[problem.as_json() for problem in snapshot.problems],
+    )  # fmt: skip
+    if runtime.client is not None:
+        runtime.client.set(noted, b"1", ex=RECORDED_TTL_S)
+    key = f"backup/{snapshot.tier}/{snapshot.agent}"
+    if snapshot.status == "good":
+        runtime.resolve(key)
+    else:
+        why = "; ".join(f"{problem.path}: {problem.problem}" for problem in snapshot.problems[:10])
+        title = f"{snapshot.tier} backup of {snapshot.agent} is {snapshot.status}"
+        runtime.alert(key, "critical", title, f"{snapshot.id}: {why}", agent=snapshot.agent)
+
+
+def keep_within(runtime: Runtime, agent: str | None, tier: str | None, now: float) -> list[str]:
+    """Apply retention (of one agent and tier, or everywhere) and return the ids that were deleted."""
+    schedule = runtime.config.schedule
+    policies = {
+        name: Policy(keep=one.keep, days=DAYS_OF_EVENT_TIERS if one.events else 0, timezone=schedule.timezone)
+        for name, one in schedule.tiers.items()
+    }
+    plan = plan_prune(runtime.repository, policies, now=now, agent=agent, tier=tier)
+    deleted = prune(runtime.repository, plan)
+    for identifier in deleted:
+        runtime.record("prune", id=identifier, agent=identifier.rpartition("/")[2])
+    return deleted

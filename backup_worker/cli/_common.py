@@ -1,0 +1,91 @@
+"""What several command groups need: the runtime behind `--config` and `--redis-url`, and how things are printed."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
+
+from em_bridge import connection
+from em_bridge.errors import RedisUnavailable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from backup_worker.config import Config
+    from backup_worker.runtime import Runtime
+
+
+def redis_url_for(config: Config, url: str | None) -> str | None:
+    """Return the URL to use: the one given, else that of the embedded server of this configuration, if it has one."""
+    from backup_worker.embedded import url_file
+
+    if url:
+        return url
+    known = url_file(config.schedule.state)
+    return known.read_text().strip() if known.exists() else None
+
+
+def open_runtime(config_dir: Path, url: str | None) -> Runtime:
+    """Load the configuration and reach Redis; raises ConfigError, UsageError, RedisUnavailable."""
+    from backup_worker.config import load
+    from backup_worker.runtime import Runtime
+
+    config = load(config_dir)
+    address = redis_url_for(config, url)
+    client = connection.connect(address)
+    with connection.translate_errors(client):
+        client.ping()
+    return Runtime(config, client, address or connection.DEFAULT_URL)
+
+
+def try_runtime(config_dir: Path, url: str | None) -> Runtime:
+    """Like `open_runtime`, but with `client` None if Redis cannot be reached."""
+    from backup_worker.config import load
+    from backup_worker.runtime import Runtime
+
+    try:
+        return open_runtime(config_dir, url)
+    except RedisUnavailable:
+        return Runtime(load(config_dir))
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """Return an empty rich table; the first column never wraps."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
+    return table
+
+
+def show(*things: object) -> None:
+    """Print `things` on stdout: with colours and borders where there is a terminal, plain where there is none."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    for thing in things:
+        console.print(thing)
+
+
+def moment(at: float | None, zone: str) -> str:
+    """Return `at` (Unix seconds) in the schedule's time zone, or a dash."""
+    if at is None:
+        return "—"
+    return datetime.fromtimestamp(at, ZoneInfo(zone)).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def age(seconds: float) -> str:
+    """Return a duration as people say it: `12 s`, `5 min`, `3.2 h`, `4.0 d`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 2 * 86400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} d"

@@ -1,0 +1,96 @@
+"""The only functions that a worker runs. Each takes one map of plain values and may safely run twice.
+
+They hold no rules of their own: they fetch what belongs together and call the engine, the inbox or the recovery.
+An error that leaves a job is judged by `worker.FailurePolicy`; what ends in failure is recorded and alerted by
+`report_failure`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rq import get_current_job
+from rq.job import Job
+
+from backup_worker import backups, changes, maintain
+from backup_worker.config import ConfigWatch
+from backup_worker.recovery.service import RecoveryService
+from backup_worker.runtime import Runtime
+from em_bridge import clock, events, streams
+from em_bridge.errors import AgentBackupError, NotFound
+
+_watch: ConfigWatch | None = None
+"""The configuration, read by the worker before it forks: a job only looks whether it has changed."""
+
+
+def prepare(config_dir: Path) -> ConfigWatch:
+    """Read the configuration for the jobs of this process and its children; raises ConfigError."""
+    global _watch
+    _watch = ConfigWatch(config_dir)
+    return _watch
+
+
+def _runtime(job: Job | None = None) -> Runtime:
+    current = job or get_current_job()
+    if _watch is None or current is None:
+        raise AgentBackupError("a job function was called outside of a worker")
+    _watch.refresh()
+    return Runtime(_watch.current, current.connection, os.environ.get("REDIS_URL", ""))
+
+
+def backup(args: dict[str, Any]) -> dict[str, Any]:
+    """Make a scheduled snapshot: `tier`, `slot`, `agent`. The slot is made once."""
+    runtime = _runtime()
+    snapshot = backups.scheduled(runtime, args["agent"], args["tier"], args["slot"], now=clock.now())
+    return {"snapshot": snapshot.id, "status": snapshot.status}
+
+
+def config_change(args: dict[str, Any]) -> dict[str, Any]:
+    """Take in a change event (`entry`, `type`): record it, and make the snapshots that its type asks for."""
+    runtime = _runtime()
+    entry = args["entry"]
+    rows: Any = runtime.redis.xrange(streams.CONFIG_CHANGE, entry, entry)
+    if not rows:
+        raise NotFound(f"the event {entry} is no longer on “{streams.CONFIG_CHANGE}”")
+    event = events.decode(rows[0][1], stream=streams.CONFIG_CHANGE)
+    if not isinstance(event, changes.ConfigChange):
+        raise AgentBackupError(f"the event {entry} is no config change but “{event.type}”")
+    snapshots = backups.on_change(runtime, event, entry, now=clock.now())
+    return {"snapshots": [snapshot.id for snapshot in snapshots]}
+
+
+def agent_state(args: dict[str, Any]) -> dict[str, Any]:
+    """Record an agent's state (`agent`, `state`, `reason`, `at`); a DEAD one is recovered."""
+    runtime = _runtime()
+    incident = RecoveryService(runtime).on_state(args["agent"], args["state"], args["reason"], args["at"])
+    return {"incident": incident}
+
+
+def incident(args: dict[str, Any]) -> dict[str, Any]:
+    """Advance the incident `incident` as far as it goes now."""
+    advanced = RecoveryService(_runtime()).advance(args["incident"])
+    return {"incident": advanced.id, "state": advanced.state, "phase": advanced.phase}
+
+
+def maintenance(args: dict[str, Any]) -> dict[str, Any]:
+    """Run the maintenance task `task`: see `backup_worker.maintain`."""
+    return maintain.run(_runtime(), args["task"], now=clock.now())
+
+
+def report_failure(job: Job, error: BaseException) -> None:
+    """Put a job that failed for good on the record, and tell a human."""
+    runtime = _runtime(job)
+    try:
+        function, arguments = job.func_name or "?", job.args[0] if job.args else {}
+    except AgentBackupError as foreign:
+        function, arguments = "?", {}
+        error = foreign
+    agent = arguments.get("agent") if isinstance(arguments, dict) else None
+    name = function.rpartition(".")[2]
+    runtime.record("job-failed", job=job.id, function=name, agent=agent, error=str(error))
+    tier = arguments.get("tier") if isinstance(arguments, dict) else None
+    key = f"backup/{tier}/{agent}" if name == "backup" else f"job/{job.id}"
+    title = f"{tier} backup of {agent} failed" if name == "backup" else f"job {job.id} failed"
+    runtime.alert(key, "critical", title, str(error), agent=agent)

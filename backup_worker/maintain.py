@@ -1,0 +1,150 @@
+"""Maintenance: deliver alerts, look for what is missing, prune, scrub, trim. Each task may run at any time, twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from backup_worker import alerts, backups, changes, due, schedule
+from backup_worker.runtime import Runtime
+from backup_worker.snapshots import verify_snapshot
+from em_bridge import streams
+from em_bridge.errors import NotFound
+
+LAG_ALERT_S = 60.0
+SCRUB_AT_ONCE = 50
+"""How many snapshots one run of the scrub reads at the most."""
+
+STREAMS = (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM, streams.DEAD_LETTER)
+
+
+def run(runtime: Runtime, task: str, *, now: float) -> dict[str, Any]:
+    """Run `task` (a key of `TASKS`) at `now`, Unix seconds; raises NotFound for an unknown one."""
+    if task not in TASKS:
+        raise NotFound(f"there is no maintenance task “{task}”", hint=f"known: {', '.join(TASKS)}")
+    return TASKS[task](runtime, now)
+
+
+def deliver(runtime: Runtime, now: float) -> dict[str, Any]:
+    """Send the alerts that are due."""
+    schedule_ = runtime.config.schedule
+    repeat_s = schedule_.limits.alert_repeat_minutes * 60
+    sent = alerts.deliver_due(runtime.redis, schedule_.alerts, runtime.history, now, repeat_s=repeat_s)
+    return {"sent": sent}
+
+
+def watch(runtime: Runtime, now: float) -> dict[str, Any]:
+    """Alert what is missing or stuck: overdue backups, dead letters, events that nobody takes."""
+    overdue = missing_backups(runtime, now)
+    config = runtime.config
+    for tier_name, tier in config.schedule.tiers.items():
+        if tier.cron is None:
+            continue
+        for agent in config.agents:
+            key = f"missing/{tier_name}/{agent}"
+            late = overdue.get((tier_name, agent))
+            if late is None:
+                runtime.resolve(key)
+            else:
+                title = f"{tier_name} backup of {agent} is missing"
+                runtime.alert(
+                    key, "critical", title, f"slot {late.slot} was due and is not there", agent=agent
+                )
+    letters = int(runtime.redis.xlen(streams.DEAD_LETTER))
+    if letters:
+        last = streams.last_id(runtime.redis, streams.DEAD_LETTER)
+        body = f"{letters} events could not be handled; the last one is {last} on “{streams.DEAD_LETTER}”"
+        runtime.alert(f"dead-letter/{last}", "warning", "there are dead letters", body)
+    waiting_s = oldest_waiting(runtime, now)
+    if waiting_s > LAG_ALERT_S:
+        runtime.alert(
+            "lag", "critical", "events are not taken", f"the oldest has waited for {waiting_s:.0f} s"
+        )
+    else:
+        runtime.resolve("lag")
+    return {"overdue": [f"{tier}/{agent}" for tier, agent in overdue], "dead_letters": letters}
+
+
+def missing_backups(runtime: Runtime, now: float) -> dict[tuple[str, str], schedule.Due]:
+    """Return (tier, agent) -> the newest slot that should be there for longer than the limit, and is not.
+
+    A slot that was announced late (everything was down, or the agent is new) has its time from the announcement.
+    """
+    grace_s = runtime.config.schedule.limits.overdue_minutes * 60
+    made = {(head.tier, head.slot, head.agent) for head in runtime.repository.snapshots()}
+    missing = schedule.due(runtime.config, made, now - grace_s)
+    announced: list[Any] = [None] * len(missing)
+    if runtime.client is not None and missing:
+        announced = list(runtime.client.mget([streams.once_key(slot_announcement(late)) for late in missing]))
+    return {
+        (late.tier, late.agent): late
+        for late, entry in zip(missing, announced, strict=True)
+        if entry is None or streams.entry_time(entry.decode()) <= now - grace_s
+    }
+
+
+def slot_announcement(late: schedule.Due) -> str:
+    """Return the name under which the scheduler announces a slot once."""
+    return f"slot/{late.tier}/{late.slot}/{late.agent}"
+
+
+def oldest_waiting(runtime: Runtime, now: float) -> float:
+    """Return for how many seconds the oldest event has waited to be handed off."""
+    client = runtime.redis
+    oldest = now
+    for stream in (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM):
+        groups: Any = client.xinfo_groups(stream) if client.exists(stream) else []
+        for group in groups:
+            if group["name"] != streams.DISPATCHER_GROUP.encode():
+                continue
+            pending: Any = client.xpending(stream, streams.DISPATCHER_GROUP)
+            if pending["pending"]:
+                oldest = min(oldest, streams.entry_time(pending["min"].decode()))
+            behind: Any = client.xrange(stream, f"({group['last-delivered-id'].decode()}", "+", count=1)
+            if behind:
+                oldest = min(oldest, streams.entry_time(behind[0][0].decode()))
+    return max(0.0, now - oldest)
+
+
+def prune(runtime: Runtime, now: float) -> dict[str, Any]:
+    """Apply retention everywhere, and sweep what killed processes left."""
+    runtime.repository.sweep()
+    return {"deleted": backups.keep_within(runtime, None, None, now)}
+
+
+def scrub(runtime: Runtime, now: float) -> dict[str, Any]:
+    """Read again the snapshots that were not proven for the longest time, within the configured number of days."""
+    limit_s = runtime.config.schedule.scrub.days * 86400
+    heads = runtime.repository.snapshots()
+    stale = [head for head in heads if now - (head.verified_at or head.created_at) > limit_s * 0.9]
+    stale.sort(key=lambda head: head.verified_at or head.created_at)
+    bad = []
+    for head in stale[:SCRUB_AT_ONCE]:
+        problems = verify_snapshot(runtime.repository, head.id, now)
+        runtime.record("verify", id=head.id, agent=head.agent, ok=not problems)
+        key = f"rot/{head.id}"
+        if problems:
+            bad.append(head.id)
+            body = "; ".join(f"{problem.path}: {problem.problem}" for problem in problems[:10])
+            runtime.alert(key, "critical", f"snapshot {head.id} is damaged", body, agent=head.agent)
+        else:
+            runtime.resolve(key)
+    return {"verified": len(stale[:SCRUB_AT_ONCE]), "bad": bad}
+
+
+def trim(runtime: Runtime, now: float) -> dict[str, Any]:
+    """Shorten the streams that the dispatcher reads; the message log is the EM's own."""
+    older_than_s = runtime.config.schedule.limits.log_days * 86400
+    changes.fold(runtime.redis)
+    return {stream: streams.trim(runtime.redis, stream, older_than_s=older_than_s) for stream in STREAMS}
+
+
+TASKS: dict[str, Callable[[Runtime, float], dict[str, Any]]] = {
+    "deliver": deliver,
+    "watch": watch,
+    "prune": prune,
+    "scrub": scrub,
+    "trim": trim,
+}
+EVERY_S = {"deliver": 30.0, "watch": 60.0, "prune": 3600.0, "scrub": 3600.0, "trim": 3600.0}
+"""How often the scheduler asks for each task."""

@@ -1,0 +1,69 @@
+"""Which state an agent is brought back to: the snapshot engine, as recovery sees it."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from backup_worker.config import Config
+from backup_worker.snapshots import (
+    Entry,
+    Limits,
+    Repository,
+    RestorePlan,
+    RestoreResult,
+    execute,
+    plan_restore,
+)
+from backup_worker.snapshots.disk import Tree, walk
+from backup_worker.snapshots.sanity import judge
+from em_bridge import clock
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """The states of every agent: those in the repository, and the one on disk."""
+
+    config: Config
+    repository: Repository
+
+    def choose(self, agent: str, *, as_of: float, exclude: Collection[str]) -> RestorePlan:
+        """Return the newest good state as of `as_of` (Unix seconds) that is none of `exclude`, proven just now.
+
+        Raises NotFound if there is none.
+        """
+        return plan_restore(self.repository, self.config.files_of(agent), as_of=as_of, exclude_states=exclude)
+
+    def restore(self, agent: str, *, as_of: float, exclude: Collection[str], evidence: Path) -> RestoreResult:
+        """Lay that state down in the agent's root; what stood there is kept in the folder `evidence` first.
+
+        Raises NotFound if there is none, SnapshotError or NoSpace if it cannot be laid down (nothing has changed).
+        """
+        plan = self.choose(agent, as_of=as_of, exclude=exclude)
+        return execute(plan, self.config.agent(agent).root, evidence=evidence, now=clock.now())
+
+    def problems_on_disk(self, agent: str) -> list[str]:
+        """Return why the files in the agent's root cannot be trusted as they are; empty if they look sane."""
+        files = self.config.files_of(agent)
+        if not files.root.is_dir():
+            return [f"{files.root} is not a folder"]
+        scope = files.scope(["*"])
+        with Tree(files.root, follow=True) as tree:
+            entries = {
+                path: Entry(path, kind, info.st_size, stat.S_IMODE(info.st_mode), info.st_mtime_ns)
+                for path, info in walk(tree)
+                if scope.covers(path) and (kind := _kind(info.st_mode)) is not None
+            }
+            found = judge(files, scope, tree, entries, None, Limits(shrink=None))
+        return [f"{problem.path} {problem.problem}" for problem in found]
+
+
+def _kind(mode: int) -> Literal["file", "dir", "link"] | None:
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "dir"
+    return "link" if stat.S_ISLNK(mode) else None

@@ -1,0 +1,189 @@
+"""The long-running parts. Each function here is one part's whole life: it returns when it is asked to stop.
+
+Every part waits out a Redis that is away and goes on by itself, with one log line a change of state; a configuration
+that does not load at the start is an error, one that breaks later is alerted while the last good one stays in force.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import redis.exceptions
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from backup_worker import jobs, maintain, queues, schedule
+from backup_worker.config import Config, ConfigWatch
+from backup_worker.dispatcher import Dispatcher
+from backup_worker.due import BackupDue, MaintenanceDue
+from backup_worker.recovery.pacemaker import IDLE_TICK_S, Pacemaker
+from backup_worker.runtime import Runtime
+from backup_worker.worker import make_worker
+from em_bridge import clock, connection, streams
+from em_bridge.errors import AgentBackupError
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+PATIENCE_TRIES = 60
+"""How often a worker tries a command again while Redis is away: for about two minutes."""
+SLOT_TTL_S = 45 * 24 * 3600
+"""How long a slot counts as announced: longer than the longest usual period of a tier, a month."""
+FORGET_ANNOUNCED_S = 60.0
+
+_AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
+
+    def ask(*_: object) -> None:
+        stop.set()
+
+    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def every(stop: threading.Event, name: str, step: Callable[[], float]) -> None:
+    """Call `step` until `stop` is set, each time after as many seconds as it returned; wait out a lost Redis."""
+    away = False
+    while not stop.is_set():
+        try:
+            pause_s = step()
+            if away:
+                log.info("%s: redis is back", name)
+            away = False
+        except _AWAY as error:
+            if not away:
+                log.warning("%s: redis is away, waiting for it: %s", name, error)
+            away, pause_s = True, TICK_S
+        except AgentBackupError as error:
+            log.error("%s: %s", name, error)
+            pause_s = TICK_S
+        stop.wait(pause_s)
+
+
+def publish_fleet(client: Any, config: Config) -> None:
+    """Tell the EM which agents there are and after how many seconds of silence each is dead (`em:fleet`)."""
+    wanted = {
+        name: msgpack.packb({"dead_after": agent.heartbeat.dead_after})
+        for name, agent in config.agents.items()
+    }
+    gone = {name.decode() for name in client.hkeys(streams.FLEET)} - wanted.keys()
+    with client.pipeline(transaction=True) as pipeline:
+        pipeline.hset(streams.FLEET, mapping=wanted)
+        if gone:
+            pipeline.hdel(streams.FLEET, *gone)
+        pipeline.execute()
+
+
+def dispatcher(config_dir: Path, url: str | None) -> None:
+    """Hand events to the workers, and wake incidents."""
+    watch = ConfigWatch(config_dir)
+    # Never retried by the client: a transaction whose reply was lost is found again through its marks.
+    handing_off = Dispatcher(connection.connect(url, retrying=False))
+    waking = connection.connect(url)
+    with stopped_by_signals() as stop:
+        pacemaker = threading.Thread(target=_pace, args=(stop, waking, watch), name="pacemaker")
+        pacemaker.start()
+        log.info("dispatching as %s", handing_off.consumer)
+        try:
+            handing_off.run(stop)
+        finally:
+            stop.set()
+            pacemaker.join()
+
+
+def _pace(stop: threading.Event, client: Any, watch: ConfigWatch) -> None:
+    pacemaker = Pacemaker(client)
+    fleet_due = 0.0
+
+    def step() -> float:
+        nonlocal fleet_due
+        now = clock.monotonic()
+        if watch.refresh() or now >= fleet_due:
+            publish_fleet(client, watch.current)
+            # Again now and then: a server that lost its data needs it anew.
+            fleet_due = now + 30.0
+        return min(IDLE_TICK_S, pacemaker.tick(watch.current, clock.now()))
+
+    every(stop, "pacemaker", step)
+
+
+class Scheduler:
+    """Announces what is due. Any number may run: each slot and each round of maintenance is announced once."""
+
+    def __init__(self, client: Any, watch: ConfigWatch) -> None:
+        self.client = client
+        self.watch = watch
+        self._announced: set[tuple[str, str, str]] = set()
+        self._forget_at = 0.0
+
+    def step(self) -> float:
+        """Announce what is due now; return how many seconds to wait."""
+        self.watch.refresh()
+        self._tell_of_broken_edit()
+        now = clock.now()
+        if clock.monotonic() >= self._forget_at:
+            # The announcements in Redis are what counts; this set only saves asking. A server that lost its
+            # data is told again.
+            self._announced.clear()
+            self._forget_at = clock.monotonic() + FORGET_ANNOUNCED_S
+        for late in schedule.due(self.watch.current, self._announced, now):
+            event = BackupDue(late.tier, late.slot, late.agent, late.fire_at)
+            once = maintain.slot_announcement(late)
+            streams.append_once(self.client, event, once=once, ttl_s=SLOT_TTL_S)
+            self._announced.add((late.tier, late.slot, late.agent))
+        for task, every_s in maintain.EVERY_S.items():
+            once = f"maintenance/{task}/{int(now // every_s)}"
+            streams.append_once(self.client, MaintenanceDue(task), once=once, ttl_s=every_s * 2)
+        return TICK_S
+
+    def _tell_of_broken_edit(self) -> None:
+        runtime = Runtime(self.watch.current, self.client)
+        broken = self.watch.take_error()
+        if broken is not None:
+            runtime.record("config", ok=False, error=broken.message)
+            title = "the configuration is broken; the last good one stays in force"
+            runtime.alert("config", "critical", title, broken.message)
+        elif self.watch.error is None:
+            runtime.resolve("config")
+
+
+def scheduler(config_dir: Path, url: str | None) -> None:
+    """Announce scheduled backups and maintenance."""
+    announcing = Scheduler(connection.connect(url), ConfigWatch(config_dir))
+    with stopped_by_signals() as stop:
+        log.info("scheduling from %s", config_dir)
+        every(stop, "scheduler", announcing.step)
+
+
+def worker(config_dir: Path, url: str | None, queue: str) -> None:
+    """Run the jobs of one queue until SIGTERM; a running job is finished first."""
+    watch = jobs.prepare(config_dir)
+    # Jobs start agents, which get this address.
+    os.environ["REDIS_URL"] = url or os.environ.get("REDIS_URL") or connection.DEFAULT_URL
+    # A worker that gives up while Redis is away would run a finished job again.
+    client = connection.connect(url)
+    client.set_retry(Retry(ExponentialWithJitterBackoff(base=0.1, cap=2.0), PATIENCE_TRIES))
+    log.info("working on %s with %d agents", queue, len(watch.current.agents))
+    make_worker(queue, client, jobs.report_failure).work(logging_level="WARNING")
+
+
+def default_processes() -> dict[str, int]:
+    """Return how many worker processes each queue gets by default."""
+    return {queues.RECOVERY: 2, queues.BACKUP: 2, queues.MAINTENANCE: 1}

@@ -1,9 +1,342 @@
-"""Commands: snapshots."""
+"""Commands about snapshots that need no Redis: backup, list, show, diff, verify, restore, prune, pin, unpin."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+
+from em_bridge import clock
+from em_bridge.errors import AgentBackupError, NotFound
+from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
+
+if TYPE_CHECKING:
+    from backup_worker.config import Config
+    from backup_worker.history import History
+    from backup_worker.snapshots import Head, Manifest, Repository
+
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A snapshot: <tier>/<slot>/<agent>.")]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add this group's commands to `app`."""
+    from backup_worker.cli._restore import restore
+
+    for command in (backup, list_, show, diff_, verify, restore, prune, pin, unpin):
+        app.command(command.__name__.rstrip("_"))(command)
+
+
+def opened(config_dir: Any) -> tuple[Config, Repository, History]:
+    """Return the configuration, and the repository and record that it names. Raises ConfigError."""
+    from backup_worker.config import load
+    from backup_worker.history import History
+    from backup_worker.snapshots import Repository
+
+    config = load(config_dir)
+    return config, Repository(config.schedule.repository), History(config.schedule.history)
+
+
+def backup(
+    tier: Annotated[str, typer.Option("--tier", metavar="T", help="The tier of backup_schedule.json.")],
+    agents: Annotated[
+        list[str] | None, typer.Argument(metavar="[AGENT...]", help="The agents; all if none is named.")
+    ] = None,
+    allow_shrink: Annotated[
+        bool, typer.Option("--allow-shrink", help="What became smaller was meant to: do not mark it suspect.")
+    ] = False,
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Back up now, without Redis. Exit code 1 if a backup failed, or is suspect or partial.
+
+    Example: `backup-worker backup z jay --tier weekly`
+    """
+    from backup_worker.snapshots import take_snapshot
+
+    settings, repo, history = opened(config)
+    wanted = settings.tier(tier)
+    files = [settings.files_of(name) for name in agents or settings.agents]
+    made: list[Manifest] = []
+    failed: list[dict[str, Any]] = []
+    for agent in files:
+        now = clock.now()
+        try:
+            manifest = take_snapshot(
+                repo, agent, tier=tier, slot=_slot(settings, tier, now), include=wanted.include,
+                unchanged=wanted.unchanged, now=now, reason="by hand", limits=_limits(settings, allow_shrink),
+            )  # fmt: skip
+        except AgentBackupError as error:
+            failed.append({"agent": agent.name, "tier": tier, "error": error.message, "hint": error.hint})
+            history.append("backup-failed", now=now, agent=agent.name, tier=tier, error=error.message)
+            continue
+        made.append(manifest)
+        history.append("backup", now=now, **_facts(manifest))
+    rows = [manifest.as_row() | {"problems": [p.as_json() for p in manifest.problems]} for manifest in made]
+    emit({"snapshots": rows, "failed": failed}, as_json=as_json, render=_print_backup)
+    for failure in failed:
+        fail(failure["error"], hint=failure["hint"])
+    if failed or any(manifest.status != "good" for manifest in made):
+        raise typer.Exit(1)
+
+
+def _slot(config: Config, tier: str, now: float) -> str:
+    from backup_worker.schedule import slot_name
+
+    return slot_name(config.tier(tier), config.schedule.timezone, now)
+
+
+def _limits(config: Config, allow_shrink: bool) -> Any:
+    from backup_worker.snapshots import Limits
+
+    limits = config.schedule.limits
+    return Limits(shrink=None if allow_shrink else limits.shrink, reserve_bytes=limits.reserve_bytes)
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    """Return what the record says about a backup, in the words that the worker uses too."""
+    return {
+        "id": manifest.id,
+        "agent": manifest.agent,
+        "tier": manifest.tier,
+        "status": manifest.status,
+        "files": manifest.files,
+        "bytes": manifest.bytes,
+        "reason": manifest.reason,
+        "approved": manifest.approved,
+        "problems": [problem.as_json() for problem in manifest.problems],
+    }
+
+
+def _print_backup(result: dict[str, Any]) -> None:
+    from backup_worker.cli._common import size
+
+    for row in result["snapshots"]:
+        typer.echo(f"{row['id']}: {row['status']}, {row['files']} files, {size(row['bytes'])}")
+        for problem in row["problems"]:
+            typer.echo(f"  {problem['path']}: {problem['problem']}")
+
+
+def list_(
+    agent: Annotated[str | None, typer.Option("--agent", metavar="A", help="Only this agent's.")] = None,
+    tier: Annotated[str | None, typer.Option("--tier", metavar="T", help="Only this tier's.")] = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the snapshots, oldest first.
+
+    Example: `backup-worker list --agent z --tier daily`
+    """
+    settings, repo, _ = opened(config)
+    heads = repo.snapshots(agent, tier)
+    if not heads:
+        # What is no longer configured may still have snapshots; what has neither is a slip of the keyboard.
+        if agent is not None:
+            settings.agent(agent)
+        if tier is not None:
+            settings.tier(tier)
+    zone = settings.schedule.timezone
+    emit([head.as_row() for head in heads], as_json=as_json, render=lambda _: _print_list(heads, zone))
+    for identifier in sorted(set(repo.ids(agent, tier)) - {head.id for head in heads}):
+        fail(f"snapshot “{identifier}” cannot be read", hint=f"run `backup-worker verify {identifier}`")
+
+
+def _print_list(heads: list[Head], zone: str) -> None:
+    from backup_worker.cli._common import moment, new_table, show, size
+
+    if not heads:
+        typer.echo("no snapshots")
+        return
+    table = new_table("", "snapshot", "made", "status", "files", "size", "proven", "")
+    for head in heads:
+        notes = ["pinned"] * head.pinned + ["unapproved"] * (head.approved is False)
+        status = "damaged" if head.damaged else head.status
+        table.add_row(
+            head.id, moment(head.created_at, zone), status, str(head.files), size(head.bytes),
+            moment(head.verified_at, zone), ", ".join(notes),
+        )  # fmt: skip
+    show(table)
+
+
+def show(snapshot: IdArgument, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+    """Show one snapshot: what it says about itself, and every file.
+
+    Example: `backup-worker show weekly/2026-W48/z`
+    """
+    settings, repo, _ = opened(config)
+    manifest = repo.get(snapshot)
+    zone = settings.schedule.timezone
+    emit(manifest.as_json(), as_json=as_json, render=lambda _: _print_manifest(manifest, zone))
+
+
+def _print_manifest(manifest: Manifest, zone: str) -> None:
+    from backup_worker.cli._common import moment, size
+    from backup_worker.snapshots.errors import printable
+
+    approved = {True: f"by {manifest.approved_by or 'somebody'}", False: "by nobody"}
+    notes = (["pinned"] if manifest.pinned else []) + (["damaged"] if manifest.damaged else [])
+    for name, value in (
+        ("snapshot", manifest.id),
+        ("status", ", ".join([manifest.status, *notes])),
+        ("made", f"{moment(manifest.created_at, zone)} ({manifest.reason})"),
+        ("proven", moment(manifest.verified_at, zone)),
+        *([("approved", approved[manifest.approved])] if manifest.approved is not None else []),
+        ("holds", f"{manifest.files} files, {size(manifest.bytes)}"),
+        ("scope", ", ".join(manifest.scope.include)),
+    ):
+        typer.echo(f"{name:<9} {value}")
+    for problem in manifest.problems:
+        typer.echo(f"problem   {printable(problem.path)}: {problem.problem}")
+    for warning in manifest.warnings:
+        typer.echo(f"warning   {warning}")
+    for entry in manifest.entries:
+        mark = {"dir": "/", "link": f" -> {printable(entry.target or '')}", "file": ""}[entry.kind]
+        bytes_ = size(entry.size) if entry.kind == "file" else ""
+        digest = (entry.sha256 or "")[:12]
+        typer.echo(f"  {entry.mode:04o} {bytes_:>9} {digest:12} {printable(entry.path)}{mark}")
+
+
+def diff_(
+    old: Annotated[str, typer.Argument(metavar="ID", help="The snapshot to compare from.")],
+    new: Annotated[str, typer.Argument(metavar="ID", help="The snapshot to compare with.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what changed from one snapshot to another; JSON files key by key.
+
+    Example: `backup-worker diff daily/2026-11-22/z daily/2026-11-23/z`
+    """
+    from backup_worker.snapshots import diff
+
+    _, repo, _ = opened(config)
+    emit(diff(repo, old, new).as_json(), as_json=as_json, render=_print_diff)
+
+
+def _print_diff(result: dict[str, Any]) -> None:
+    import json
+
+    for mark, key in (("+", "added"), ("-", "removed")):
+        for path in result[key]:
+            typer.echo(f"{mark} {path}")
+    for change in result["changed"]:
+        sizes = (
+            f"{change['old_size']} -> {change['new_size']} bytes"
+            if change["what"] == "content"
+            else change["what"]
+        )
+        typer.echo(f"~ {change['path']} ({sizes})")
+        for key in change["keys"]:
+            old, new = (
+                json.dumps(key[side], ensure_ascii=True) if side in key else "—" for side in ("old", "new")
+            )
+            delta = f" ({key['delta']:+g})" if "delta" in key else ""
+            typer.echo(f"    {key['key'] or '(whole)'}: {old} -> {new}{delta}")
+    if result["outside"]:
+        typer.echo(f"{len(result['outside'])} paths are in the scope of only one of the two")
+    if not any(result.values()):
+        typer.echo("no difference")
+
+
+def verify(
+    snapshots: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID...]", help="The snapshots; all if none is named.")
+    ] = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Read snapshots again, byte by byte, and compare them with their checksums. Exit code 1 if any is bad.
+
+    Example: `backup-worker verify weekly/2026-W48/z`
+    """
+    from backup_worker.snapshots import verify_snapshot
+    from backup_worker.snapshots.manifest import split_id
+
+    _, repo, history = opened(config)
+    wanted = list(dict.fromkeys(snapshots)) if snapshots else repo.ids()
+    for identifier in wanted:
+        if not repo.path(identifier).is_dir():
+            raise NotFound(f"there is no snapshot “{identifier}”", hint="see `backup-worker list`")
+    good: list[str] = []
+    bad: list[dict[str, str]] = []
+    for identifier in wanted:
+        now = clock.now()
+        problems = verify_snapshot(repo, identifier, now)
+        if problems:
+            bad += [{"id": identifier} | problem.as_json() for problem in problems]
+        else:
+            good.append(identifier)
+        history.append("verify", now=now, id=identifier, agent=split_id(identifier)[2], ok=not problems)
+    emit({"ok": good, "bad": bad}, as_json=as_json, render=_print_verified)
+    if bad:
+        raise typer.Exit(1)
+
+
+def _print_verified(result: dict[str, Any]) -> None:
+    for problem in result["bad"]:
+        typer.echo(f"BAD {problem['id']}: {problem['path']}: {problem['problem']}")
+    damaged = len({problem["id"] for problem in result["bad"]})
+    typer.echo(f"{len(result['ok'])} proven, {damaged} bad")
+
+
+def prune(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be deleted, and why.")
+    ] = False,
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Apply retention: delete what is no longer to be kept.
+
+    Example: `backup-worker prune --dry-run`
+    """
+    from backup_worker.snapshots import Policy, plan_prune
+    from backup_worker.snapshots import prune as delete
+
+    settings, repo, history = opened(config)
+    zone = settings.schedule.timezone
+    policies = {
+        name: Policy(tier.keep, days=7 if tier.events else 0, timezone=zone)
+        for name, tier in settings.schedule.tiers.items()
+    }
+    plan = plan_prune(repo, policies, now=clock.now())
+    for identifier in [] if dry_run else delete(repo, plan):
+        history.append("prune", now=clock.now(), id=identifier, agent=identifier.rpartition("/")[2])
+    emit(plan.as_json(), as_json=as_json, render=lambda result: _print_plan(result, dry_run))
+
+
+def _print_plan(result: dict[str, Any], dry_run: bool) -> None:
+    word = "would delete" if dry_run else "deleted"
+    for decision in result["delete"]:
+        typer.echo(f"{word} {decision['id']}: {'; '.join(decision['reasons'])}")
+    if dry_run:
+        for decision in result["keep"]:
+            typer.echo(f"would keep {decision['id']}: {'; '.join(decision['reasons'])}")
+    typer.echo(f"{word} {len(result['delete'])}, {'would keep' if dry_run else 'kept'} {len(result['keep'])}")
+
+
+def pin(snapshot: IdArgument, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+    """Hold a snapshot: retention never deletes it.
+
+    Example: `backup-worker pin weekly/2026-W48/z`
+    """
+    _hold(snapshot, config, as_json, held=True)
+
+
+def unpin(snapshot: IdArgument, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+    """Let go of a snapshot that was held.
+
+    Example: `backup-worker unpin weekly/2026-W48/z`
+    """
+    _hold(snapshot, config, as_json, held=False)
+
+
+def _hold(snapshot: str, config: Any, as_json: bool, *, held: bool) -> None:
+    _, repo, history = opened(config)
+    if held:
+        repo.pin(snapshot)
+    else:
+        repo.unpin(snapshot)
+    history.append(
+        "pin" if held else "unpin", now=clock.now(), id=snapshot, agent=snapshot.rpartition("/")[2]
+    )
+    word = "is pinned: retention never deletes it" if held else "is not pinned"
+    emit({"id": snapshot, "pinned": held}, as_json=as_json, render=lambda _: typer.echo(f"{snapshot} {word}"))

@@ -135,6 +135,16 @@ class Manifest(Head):
 
     entries: tuple[Entry, ...] = ()
 
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as a JSON document, paths fit for printing."""
+        document: dict[str, Any] = json.loads(encode(self))
+        for item in (*document["entries"], *document["problems"]):
+            for key in item.keys() & {"path", "target"}:
+                item[key] = printable(item[key])
+        entries = document.pop("entries")
+        notes = {"verified_at": self.verified_at, "pinned": self.pinned, "damaged": self.damaged}
+        return document | notes | {"entries": entries}
+
     def by_path(self) -> dict[str, Entry]:
         """Return the entries by path."""
         return {entry.path: entry for entry in self.entries}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from zoneinfo import ZoneInfo
 
 from backup_worker.snapshots.manifest import Head
@@ -43,6 +44,13 @@ class RetentionPlan:
 
     keep: tuple[Decision, ...] = field(default=())
     delete: tuple[Decision, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the shape that `backup-worker prune --json` promises."""
+        both = (("keep", self.keep), ("delete", self.delete))
+        return {
+            name: [{"id": d.id, "reasons": list(d.reasons)} for d in decisions] for name, decisions in both
+        }
 
 
 def plan_retention(

@@ -105,7 +105,7 @@ def json_problem(content: bytes) -> str | None:
     except UnicodeDecodeError as error:
         return f"not valid JSON: not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
-        return f"not valid JSON: {error.msg.lower()} at line {error.lineno}, column {error.colno}"
+        return f"not valid JSON: {error.msg.lower().removesuffix(' at')} at line {error.lineno}, column {error.colno}"
     except (ValueError, RecursionError) as error:
         return f"not valid JSON: {error or 'nested too deep'}"
     return None

@@ -69,8 +69,13 @@ return id
 def append_once(client: redis.Redis, event: Event, *, once: str, ttl_s: float = 3600.0) -> str:
     """Append `event` unless a call with the same `once` did within `ttl_s`; return the entry id of the first call."""
     fields = encode(event)
-    keys = (event.stream, f"em:once:{once}")
+    keys = (event.stream, once_key(once))
     return _text(_APPEND_ONCE(client, keys, (fields[b"type"], fields[b"body"], int(ttl_s * 1000))))
+
+
+def once_key(once: str) -> str:
+    """Return the key that holds the entry id of an event appended once as `once`."""
+    return f"em:once:{once}"
 
 
 def ensure_group(client: redis.Redis, stream: str, group: str) -> None:
@@ -157,7 +162,7 @@ return redis.call('XTRIM', KEYS[1], 'MINID', cut)
 
 
 def trim(client: redis.Redis, stream: str, *, older_than_s: float, floor_id: str | None = None) -> int:
-    """Remove entries older than `older_than_s`, and below `floor_id`, that all groups are done with; return the number."""
+    """Remove entries older than `older_than_s` and below `floor_id`, that all groups are done with; return how many."""
     return int(_TRIM(client, (stream,), (int(older_than_s * 1000), floor_id or "")))
 
 

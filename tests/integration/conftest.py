@@ -1,4 +1,4 @@
-"""A real Valkey for the tests: on a free loopback port, with an append-only file, to be killed and restarted at will."""
+"""A real Valkey for the tests: on a free loopback port, with an append-only file, killed and restarted at will."""
 
 from __future__ import annotations
 

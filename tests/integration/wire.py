@@ -9,7 +9,7 @@ from types import TracebackType
 
 
 class ReplyThief:
-    """Listens on `port`; after `steal_replies_of(word)` the next requests that hold `word` are done but not answered."""
+    """Listens on `port`; after `steal_replies_of(word)` the next requests holding `word` are done but not answered."""
 
     def __init__(self, server_port: int) -> None:
         self._server_port = server_port

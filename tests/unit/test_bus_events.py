@@ -1,4 +1,4 @@
-"""Events: what is accepted, what is refused, and that no bytes at all get past `decode` as anything but InvalidEvent."""
+"""Events: what is accepted, what is refused, and that no bytes get past `decode` as anything but InvalidEvent."""
 
 from __future__ import annotations
 

@@ -1,9 +1,128 @@
-"""Commands: setup."""
+"""Commands that set a machine up: init, doctor."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+
+from em_bridge import clock
+from em_bridge.errors import NotFound, UsageError
+from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
+
+if TYPE_CHECKING:
+    from backup_worker.fleet import Found
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add this group's commands to `app`."""
+    app.command()(init)
+    app.command()(doctor)
+
+
+def init(
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIR]", envvar="BACKUP_CONFIG", help="Folder to write into.")
+    ] = DEFAULT_CONFIG,
+    fleet: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FLEET", help="Protect every folder with a SOUL.md below this one."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a starting configuration: backup_schedule.json, agents.json and their schemas for editors.
+
+    With `--from`, an existing fleet comes under protection: each folder with a SOUL.md becomes an agent, its files
+    sorted by their usual names. Nothing in the fleet is changed.
+
+    Example: `backup-worker init --from ~/agents && backup-worker backup --tier weekly`
+    """
+    from backup_worker import starter
+
+    found = _discover(fleet) if fleet is not None else []
+    files = starter.contents(directory, found, starter.machine_zone(os.environ))
+    written = starter.write(directory, files, force=force)
+    result = {"written": [str(path) for path in written], "agents": [one.as_json() for one in found]}
+    emit(result, as_json=as_json, render=lambda _: _print_init(directory, written, found))
+
+
+def doctor(
+    config: ConfigOption = DEFAULT_CONFIG,
+    redis_url: RedisUrlOption = None,
+    test_alert: Annotated[
+        bool, typer.Option("--test-alert", help="Send a real test message to every receiver of alerts.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the set-up, and say how to mend what is wrong. Exit 1 if anything fails.
+
+    Example: `backup-worker doctor --test-alert`
+    """
+    from backup_worker.doctor import examine
+
+    checks = examine(config, redis_url, now=clock.now(), test_alert=test_alert)
+    rows = [
+        {"check": one.check, "status": one.status, "detail": one.detail, "mend": one.mend} for one in checks
+    ]
+    emit(rows, as_json=as_json, render=_print_checks)
+    if any(one.status == "fail" for one in checks):
+        raise typer.Exit(1)
+
+
+def _discover(fleet: Path) -> list[Found]:
+    from backup_worker.fleet import discover
+
+    if not fleet.is_dir():
+        raise UsageError(
+            f"there is no folder “{fleet}”", hint="--from takes the folder that holds the agents"
+        )
+    found = discover(Path(os.path.abspath(fleet)))
+    if not found:
+        raise NotFound(
+            f"there is no folder with a SOUL.md below “{fleet}”",
+            hint="name the folder that holds the agents, or run `backup-worker init` and edit agents.json",
+        )
+    return found
+
+
+def _print_init(directory: Path, written: list[Path], found: list[Found]) -> None:
+    from backup_worker.cli._common import new_table, show
+
+    if found:
+        table = new_table("", "agent", "folder", "files found", "required", "remarks")
+        for one in found:
+            counts = ", ".join(f"{count} {kind}" for kind, count in one.counts.items() if count)
+            table.add_row(one.agent, str(one.root), counts, ", ".join(one.required), "; ".join(one.remarks))
+        show(table)
+    typer.echo(f"written into {directory}: {', '.join(path.name for path in written)}")
+    typer.echo("\nNext:")
+    option = "" if directory == DEFAULT_CONFIG else f" --config {directory}"
+    steps = [
+        f"look through {directory / 'agents.json'}; an editor that knows JSON Schema explains every key",
+        f"backup-worker backup --tier weekly{option}     # the first backup, at once",
+        f"backup-worker doctor{option}                   # what is still missing",
+    ]
+    if found:
+        steps.insert(
+            1,
+            'give each agent its "start": how a program is started cannot be seen from its files. Until then it is\n'
+            "     backed up and can be restored, but not be started again after a death. For a program that knows\n"
+            '     nothing of this: {"command": ["em-bridge", "run", "NAME", "--", "python3", "agent.py"]}',
+        )
+    for number, step in enumerate(steps, 1):
+        typer.echo(f"  {number}. {step}")
+
+
+def _print_checks(rows: list[dict[str, Any]]) -> None:
+    marks = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
+    for row in rows:
+        mark, colour = marks[row["status"]]
+        typer.echo(f"{typer.style(mark, fg=colour)}  {row['check']:<18} {row['detail']}")
+        if row["mend"] and row["status"] != "ok":
+            typer.echo(f"{'':<25}→ {row['mend']}")
+    failed = sum(row["status"] == "fail" for row in rows)
+    warned = sum(row["status"] == "warn" for row in rows)
+    typer.echo(f"\n{len(rows)} checks: {failed} failed, {warned} to look at")

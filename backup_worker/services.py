@@ -24,6 +24,7 @@ from backup_worker import jobs, maintain, queues, schedule
 from backup_worker.config import Config, ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.due import BackupDue, MaintenanceDue
+from backup_worker.health import Mark
 from backup_worker.recovery.pacemaker import IDLE_TICK_S, Pacemaker
 from backup_worker.runtime import Runtime
 from backup_worker.worker import make_worker
@@ -58,12 +59,14 @@ def stopped_by_signals() -> Iterator[threading.Event]:
             signal.signal(signum, handler)
 
 
-def every(stop: threading.Event, name: str, step: Callable[[], float]) -> None:
+def every(stop: threading.Event, name: str, client: Any, step: Callable[[], float]) -> None:
     """Call `step` until `stop` is set, each time after as many seconds as it returned; wait out a lost Redis."""
     away = False
+    mark = Mark(client, name)
     while not stop.is_set():
         try:
             pause_s = step()
+            mark.renew()
             if away:
                 log.info("%s: redis is back", name)
             away = False
@@ -121,7 +124,7 @@ def _pace(stop: threading.Event, client: Any, watch: ConfigWatch) -> None:
             fleet_due = now + 30.0
         return min(IDLE_TICK_S, pacemaker.tick(watch.current, clock.now()))
 
-    every(stop, "pacemaker", step)
+    every(stop, "dispatcher", client, step)
 
 
 class Scheduler:
@@ -169,7 +172,7 @@ def scheduler(config_dir: Path, url: str | None) -> None:
     announcing = Scheduler(connection.connect(url), ConfigWatch(config_dir))
     with stopped_by_signals() as stop:
         log.info("scheduling from %s", config_dir)
-        every(stop, "scheduler", announcing.step)
+        every(stop, "scheduler", announcing.client, announcing.step)
 
 
 def worker(config_dir: Path, url: str | None, queue: str) -> None:

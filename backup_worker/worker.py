@@ -26,6 +26,7 @@ from rq.queue import Queue
 from rq.worker import Worker
 
 from backup_worker import queues
+from backup_worker.health import Mark
 from backup_worker.supervisor import PR_SET_PDEATHSIG
 from em_bridge.errors import AgentBackupError
 
@@ -51,6 +52,7 @@ class BackupWorker(Worker):
 
     queue_class = queues.SafeQueue
     job_class = queues.SafeJob
+    _mark: Mark | None = None
 
     @property
     def dequeue_timeout(self) -> int:
@@ -60,6 +62,14 @@ class BackupWorker(Worker):
     def get_heartbeat_ttl(self, job: Job) -> int:
         """Return how many seconds a running job is ours without a renewal."""
         return LEASE_S
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """Renew RQ's mark of this worker, and that of the part."""
+        super().heartbeat(timeout, pipeline)
+        if pipeline is None:
+            if self._mark is None:
+                self._mark = Mark(self.connection, "worker")
+            self._mark.renew()
 
     def main_work_horse(self, job: Job, queue: Queue) -> None:
         """Run the job in the child that was forked for it; does not return."""

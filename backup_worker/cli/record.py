@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -29,7 +30,7 @@ _SHOWN = 50
 
 def add_commands(app: typer.Typer) -> None:
     """Add this group's commands to `app`."""
-    record = group(app, "history", "The record of everything that was done.")
+    record = group(app, "history", inspect.cleandoc(history.__doc__ or ""))
     record.callback(invoke_without_command=True)(history)
     record.command()(verify)
 
@@ -117,7 +118,7 @@ def parse_time(text: str, zone: str, now: float) -> float:
         return float(text)
     if re.fullmatch(r"\d{1,2}:\d{2}(:\d{2})?", text):
         today = datetime.fromtimestamp(now, ZoneInfo(zone)).date().isoformat()
-        text = f"{today} {text.zfill(5)}"
+        text = f"{today} {text if text[2] == ':' else '0' + text}"
     try:
         moment = datetime.fromisoformat(text)
         return (moment if moment.tzinfo else moment.replace(tzinfo=ZoneInfo(zone))).timestamp()
@@ -158,7 +159,8 @@ def _sentence(line: Line, zone: str) -> str:
     facts = " ".join(
         f"{key}={_short(value)}" for key, value in rest.items() if value not in (None, "", [], {})
     )
-    colour = "red" if re.search("fail|suspect|escalat|dead|damage|broken", kind) else "cyan"
+    bad = re.search("fail|suspect|escalat|dead|damage|broken", f"{kind} {line.get('status', '')}")
+    colour = "red" if bad else "cyan"
     return f"{when}  {typer.style(f'{kind:<16}', fg=colour)} {line.get('agent') or '-':<10} {facts}"
 
 

@@ -1,0 +1,183 @@
+"""Finding the agents of a fleet, and the configuration that is proposed for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from backup_worker import config, starter
+from backup_worker.fleet import Found, discover
+from backup_worker.snapshots.scope import Scope
+from em_bridge.errors import UsageError
+
+
+def make(fleet: Path, *files: str) -> None:
+    for name in files:
+        path = fleet / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name}\n")
+
+
+def found(fleet: Path) -> dict[str, Found]:
+    return {one.agent: one for one in discover(fleet)}
+
+
+def load(directory: Path, agents: list[Found]) -> config.Config:
+    directory.mkdir(exist_ok=True)
+    starter.write(directory, starter.contents(directory, agents, "UTC"))
+    return config.load(directory)
+
+
+def test_every_folder_with_a_soul_is_an_agent_and_no_other(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        "z/SOUL.md",
+        "deep/er/jay/SOUL.md",
+        "tools/README.md",
+        ".venv/lib/SOUL.md",
+        "node_modules/x/SOUL.md",
+    )
+    assert sorted(found(tmp_path)) == ["jay", "z"]
+
+
+def test_the_fleet_s_own_folder_may_be_an_agent(tmp_path: Path) -> None:
+    make(tmp_path / "rick", "SOUL.md")
+    assert list(found(tmp_path / "rick")) == ["rick"]
+
+
+def test_a_soul_among_an_agent_s_memories_is_no_agent(tmp_path: Path) -> None:
+    make(tmp_path, "z/SOUL.md", "z/memory/old/SOUL.md", "z/skills/clone/SOUL.md")
+    assert list(found(tmp_path)) == ["z"]
+
+
+def test_files_are_sorted_by_their_usual_names(tmp_path: Path) -> None:
+    make(
+        tmp_path / "z",
+        "SOUL.md", "IDENTITY.md", "MEMORY.md", "priority_weights.json", "config/ScoringWeights.json",
+        "rules/a.md", "memory/2026/b.md", "skills/c.py", "notes.txt", "skills/__pycache__/c.pyc", "x.lock",
+    )  # fmt: skip
+    z = found(tmp_path)["z"]
+    assert z.counts == {"charter": 2, "weights": 2, "rules": 1, "memory": 2, "skills": 1, "other": 1}
+    assert z.required == ["SOUL.md", "priority_weights.json", "config/ScoringWeights.json"]
+    assert "config/ScoringWeights.json" in z.files["weights"]
+
+
+def test_virtual_environments_are_left_out_whatever_their_name(tmp_path: Path) -> None:
+    make(tmp_path / "z", "SOUL.md", "env[3]/pyvenv.cfg", "env[3]/lib/site.py", "src/a.py")
+    z = found(tmp_path)["z"]
+    scope = Scope(("**",), tuple(z.exclude))
+    assert not scope.covers("env[3]/lib/site.py")
+    assert scope.covers("src/a.py")
+    assert z.counts["other"] == 1
+
+
+def test_caches_sockets_and_outboxes_are_left_out(tmp_path: Path) -> None:
+    make(tmp_path / "z", "SOUL.md")
+    scope = Scope(("**",), tuple(found(tmp_path)["z"].exclude))
+    for path in (
+        "a/__pycache__/b.pyc",
+        "z.outbox",
+        "run/z.outbox-wal",
+        "a.sock",
+        "x/agent.pid",
+        ".cache/x",
+        "a/.venv/b",
+    ):
+        assert not scope.covers(path), path
+    assert scope.covers("memory/a.md")
+
+
+@pytest.mark.parametrize(
+    ("folder", "agent"),
+    [
+        ("jay", "jay"),
+        ("Jay Two!", "Jay-Two"),
+        ("_x", "x"),
+        ("Execution-Manager", "em"),
+        ("EM", "em"),
+        ("é", None),
+    ],
+)
+def test_an_id_is_made_from_the_folder_s_name(tmp_path: Path, folder: str, agent: str | None) -> None:
+    make(tmp_path / "fleet" / folder, "SOUL.md")
+    (one,) = discover(tmp_path / "fleet")
+    assert one.agent == (agent or "fleet")
+
+
+def test_ids_that_differ_by_case_only_are_told_apart(tmp_path: Path) -> None:
+    make(tmp_path, "a/z/SOUL.md", "b/Z/SOUL.md", "b/z!/SOUL.md")
+    assert len({name.lower() for name in found(tmp_path)}) == 3
+    assert "b-Z" in found(tmp_path)
+
+
+def test_an_empty_soul_is_remarked_on(tmp_path: Path) -> None:
+    make(tmp_path, "z/SOUL.md")
+    (tmp_path / "z" / "SOUL.md").write_text("")
+    assert "SOUL.md is empty" in found(tmp_path)["z"].remarks[0]
+
+
+def test_nothing_in_the_fleet_is_changed(tmp_path: Path) -> None:
+    make(tmp_path / "fleet", "z/SOUL.md", "z/memory/a.md")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "fleet").rglob("*")}
+    load(tmp_path / "config", discover(tmp_path / "fleet"))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "fleet").rglob("*")} == before
+
+
+def test_what_is_proposed_loads_and_says_what_was_found(tmp_path: Path) -> None:
+    make(tmp_path / "fleet", "em/SOUL.md", "z/SOUL.md", "z/priority_weights.json", "odd ${HOME} [x]/SOUL.md")
+    loaded = load(tmp_path / "config", discover(tmp_path / "fleet"))
+    assert set(loaded.agents) == {"em", "z", "odd-HOME-x"}
+    assert loaded.agent("odd-HOME-x").root == tmp_path / "fleet" / "odd ${HOME} [x]"
+    assert loaded.agent("em").critical
+    assert loaded.agent("z").start is None
+    assert loaded.schedule.repository == tmp_path / "backups"
+    assert loaded.schedule.state == tmp_path / "var"
+
+
+def test_an_agent_that_holds_another_leaves_it_out(tmp_path: Path) -> None:
+    make(tmp_path / "em", "SOUL.md", "agents/z/SOUL.md", "agents/z/memory/a.md", "own.md")
+    loaded = load(tmp_path / "config", discover(tmp_path / "em"))
+    scope = Scope(("**",), tuple(loaded.agent("em").exclude))
+    assert not scope.covers("agents/z/memory/a.md")
+    assert scope.covers("own.md")
+
+
+def test_a_configuration_inside_an_agent_keeps_the_repository_outside(tmp_path: Path) -> None:
+    make(tmp_path / "em", "SOUL.md")
+    loaded = load(tmp_path / "em" / "config", discover(tmp_path / "em"))
+    assert loaded.schedule.repository == tmp_path / "agent-backup" / "backups"
+    assert loaded.schedule.state == tmp_path / "agent-backup" / "var"
+
+
+def test_without_a_fleet_there_is_an_example_that_loads(tmp_path: Path) -> None:
+    loaded = load(tmp_path / "config", [])
+    assert loaded.agent("z").root == tmp_path / "agents" / "z"
+    assert loaded.agent("z").start is not None
+
+
+def test_files_that_were_edited_are_not_replaced_unless_asked(tmp_path: Path) -> None:
+    load(tmp_path, [])
+    schedule = tmp_path / config.SCHEDULE_FILE
+    edited = schedule.read_text().replace('"keep": 30', '"keep": 40')
+    schedule.write_text(edited)
+    (tmp_path / config.AGENTS_FILE).unlink()
+    files = starter.contents(tmp_path, [], "UTC")
+    with pytest.raises(UsageError, match=r"has a configuration already: backup_schedule\.json") as caught:
+        starter.write(tmp_path, files)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / config.AGENTS_FILE).exists()
+    assert schedule.read_text() == edited
+    starter.write(tmp_path, files, force=True)
+    assert json.loads(schedule.read_text())["tiers"]["daily"]["keep"] == 30
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+
+
+def test_the_machine_s_time_zone_is_taken_over(tmp_path: Path) -> None:
+    zone = tmp_path / "zoneinfo" / "Europe" / "Oslo"
+    make(tmp_path, "zoneinfo/Europe/Oslo")
+    (tmp_path / "localtime").symlink_to(zone)
+    assert starter.machine_zone({}, tmp_path / "localtime") == "Europe/Oslo"
+    assert starter.machine_zone({"TZ": ":Asia/Tokyo"}, tmp_path / "localtime") == "Asia/Tokyo"
+    assert starter.machine_zone({"TZ": "CET-1CEST"}, tmp_path / "none") == "UTC"

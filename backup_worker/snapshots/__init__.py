@@ -5,7 +5,7 @@ It knows nothing of Redis, RQ or the web, and gets plain dataclasses instead of 
 
 from __future__ import annotations
 
-from backup_worker.snapshots.diff import Difference, diff
+from backup_worker.snapshots.diff import Difference, KeyChange, compare_json, diff
 from backup_worker.snapshots.errors import NoSpace, SnapshotError
 from backup_worker.snapshots.manifest import Entry, Head, Manifest, Problem
 from backup_worker.snapshots.repository import Repository
@@ -32,6 +32,7 @@ __all__ = [
     "Difference",
     "Entry",
     "Head",
+    "KeyChange",
     "Limits",
     "Manifest",
     "NoSpace",
@@ -44,6 +45,7 @@ __all__ = [
     "Scope",
     "SnapshotError",
     "compare",
+    "compare_json",
     "diff",
     "execute",
     "finish_interrupted",

@@ -121,12 +121,16 @@ def _key_changes(old_files: Tree, new_files: Tree, one: Entry, other: Entry) -> 
     both_files = one.kind == other.kind == "file" and one.sha256 != other.sha256
     if not both_files or not one.path.endswith(".json") or max(one.size, other.size) > _JSON_LIMIT_BYTES:
         return
+    # If one of them is not JSON, the sizes and the checksum say that it changed.
+    yield from compare_json(old_files.read_bytes(one.path), new_files.read_bytes(other.path)) or ()
+
+
+def compare_json(old: bytes, new: bytes) -> tuple[KeyChange, ...] | None:
+    """Return what changed from one JSON document to another, key by key; None if one of them is not JSON."""
     try:
-        old = json.loads(old_files.read_bytes(one.path))
-        new = json.loads(new_files.read_bytes(other.path))
-        yield from list(_compare("", old, new))
+        return tuple(_compare("", json.loads(old), json.loads(new)))
     except (ValueError, RecursionError):
-        return  # one of them is not JSON: the sizes and the checksum say that it changed
+        return None
 
 
 def _compare(key: str, old: Any, new: Any) -> Iterator[KeyChange]:

@@ -337,10 +337,14 @@ class Repository:
         return shutil.disk_usage(self.root).free
 
     def _make_private(self, path: Path) -> None:
-        if not path.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.mkdir(exist_ok=True, mode=0o700)
-            disk.sync_folder(path.parent)
+        if path.is_dir():
+            return
+        if path == self.root:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            self._make_private(path.parent)
+        path.mkdir(exist_ok=True, mode=0o700)
+        disk.sync_folder(path.parent)
 
 
 def _noted(head: AnyHead, notes: dict[str, dict[str, float]]) -> AnyHead:

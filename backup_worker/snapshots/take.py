@@ -201,6 +201,9 @@ class _Taking:
     def _describe(self, store: Tree, captured: Captured) -> Manifest:
         last_good = self.repo.get(self.last_good.id) if self.last_good else None
         doubts = judge(self.agent, self.head.scope, store, captured.entries, last_good, self.limits)
+        named = {problem.path for problem in captured.problems}
+        # What could not be copied is missing for that reason, and not for another.
+        doubts = [doubt for doubt in doubts if doubt.path not in named]
         status: Status = "partial" if captured.problems else "suspect" if doubts else "good"
         entries = tuple(captured.entries[path] for path in sorted(captured.entries, key=disk.order))
         files = [entry for entry in entries if entry.kind == "file"]

@@ -19,10 +19,10 @@ import redis
 
 from em_bridge import clock
 from em_bridge.connection import connect
-from em_bridge.errors import AgentBackupError, InvalidEvent
-from em_bridge.events import MAX_PAYLOAD_BYTES, Message
+from em_bridge.errors import AgentBackupError
+from em_bridge.events import Message
 from em_bridge.inbox import Inbox
-from em_bridge.messages import append_batch
+from em_bridge.messages import append_batch, check_message
 from em_bridge.outbox import DEFAULT_LIMIT_BYTES, KEEP_S, Outbox, Outgoing
 from em_bridge.pulse import Pulse, Reach
 
@@ -94,12 +94,7 @@ class Agent:
         backup), the message leaves under a higher one. Raises `InvalidEvent` (wrong recipient, payload not bytes or
         too large) and `OutboxFull`; then nothing was stored.
         """
-        Message(self.name, to, 1, payload)
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            raise InvalidEvent(
-                f"message: the payload has {len(payload)} bytes, the limit is {MAX_PAYLOAD_BYTES}",
-                hint="keep large content in a file, and send its path",
-            )
+        check_message(self.name, to, payload)
         seq = self._opened().put(to, bytes(payload))
         self._wake.set()
         return seq
@@ -161,10 +156,13 @@ class Agent:
 
     def _send_all(self) -> None:
         outbox = self._opened()
+        assert self._inbox is not None
+        inbox = self._inbox
         drain = _Drain(self._client, self.name, outbox)
         reach = Reach(f"messages of {self.name}", "they are kept in the outbox")
         pause_s = FIRST_PAUSE_S
         stop_at: float | None = None
+        prepared = False
         while True:
             self._wake.clear()
             if self._stop.is_set():
@@ -172,6 +170,10 @@ class Agent:
                 if reach.away or clock.monotonic() > stop_at:
                     return
             try:
+                if not prepared:
+                    # Also for an agent that only sends: a replay must know what it has.
+                    inbox.prepare()
+                    prepared = True
                 more = drain.step()
                 reach.back()
                 pause_s = FIRST_PAUSE_S

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 import redis
+import tenacity
 from redis import exceptions
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.retry import Retry
@@ -27,6 +28,11 @@ DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 SOCKET_TIMEOUT_S: Final = 5.0
 MAX_BLOCK_S: Final = 2.0
 """The longest blocking read: well below the socket timeout, or the client mistakes an idle server for a dead one."""
+
+FIRST_PAUSE_S: Final = 0.05
+LONGEST_PAUSE_S: Final = 1.0
+
+T = TypeVar("T")
 
 _SCHEMES: Final = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 _FIXED_OPTIONS: Final = frozenset({"decode_responses", "encoding", "retry_on_timeout", "protocol"})
@@ -176,6 +182,25 @@ def translate_errors(where: redis.Redis | str = "") -> Iterator[None]:
         if translated is None:
             raise
         raise translated from error
+
+
+def patiently(attempt: Callable[[], T], patience_s: float) -> T:
+    """Call `attempt` until it succeeds, with growing pauses, for at most `patience_s`.
+
+    Only `RedisUnavailable` is waited for, and raised in the end; a refusal and every other error are raised at once.
+    `attempt` must be harmless to repeat.
+    """
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(
+            lambda error: isinstance(error, RedisUnavailable) and error.retryable
+        ),
+        stop=tenacity.stop_after_delay(patience_s),
+        wait=tenacity.wait_exponential_jitter(
+            multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S, jitter=FIRST_PAUSE_S
+        ),
+        reraise=True,
+    )
+    return retrying(attempt)
 
 
 def translate(error: Exception, where: redis.Redis | str = "") -> AgentBackupError | None:

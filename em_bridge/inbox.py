@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 BATCH: Final = 100
 PAUSE_S: Final = 0.2
+DECLARED: Final = "-"
+"""A key of `em:last-seen:<agent>` that is no agent id: the agent says what it has, even if that is nothing."""
 
 
 def last_seen_key(agent: str) -> str:
@@ -54,6 +56,14 @@ class Inbox:
         self._pending_from = "0"
         self._lock = threading.RLock()
         self._reach = Reach(f"inbox of {agent}")
+
+    def prepare(self) -> None:
+        """Make the inbox, and publish what this agent has; done once a connection. May raise what redis-py raises."""
+        with self._lock:
+            if not self._ready:
+                streams.ensure_group(self._client, self._stream, INBOX_GROUP)
+                self._publish_seen()
+                self._ready = True
 
     def receive(self, timeout_s: float) -> Message | None:
         """Return the next message, or None after `timeout_s`."""
@@ -120,10 +130,7 @@ class Inbox:
 
     def _fetch(self, timeout_s: float) -> int:
         """Fetch messages, pending ones first; return how many entries were looked at."""
-        if not self._ready:
-            streams.ensure_group(self._client, self._stream, INBOX_GROUP)
-            self._publish_seen()
-            self._ready = True
+        self.prepare()
         self._tell()
         if self._pending_from:
             rows = self._read(self._pending_from, None)
@@ -198,6 +205,5 @@ class Inbox:
         """Replace what the server thinks this agent has by what it has: its files may come from a backup."""
         pipe = self._client.pipeline(transaction=True)
         pipe.delete(last_seen_key(self._agent))
-        if self._seen:
-            pipe.hset(last_seen_key(self._agent), mapping=cast(Any, dict(self._seen)))
+        pipe.hset(last_seen_key(self._agent), mapping=cast(Any, {DECLARED: 0, **self._seen}))
         pipe.execute()

@@ -11,6 +11,7 @@ Per sender the server keeps the hash `em:sender:<name>`: `last`, the highest num
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from typing import Final, Literal
 
 import redis
 
-from em_bridge.events import Message, encode
+from em_bridge import clock
+from em_bridge.connection import connect, patiently, translate_errors
+from em_bridge.errors import InvalidEvent
+from em_bridge.events import MAX_PAYLOAD_BYTES, Message, encode
 from em_bridge.outbox import Outgoing
 from em_bridge.scripts import Arg, Script
 from em_bridge.streams import MESSAGES
@@ -82,6 +86,16 @@ class Answer:
     line: str = ""
 
 
+def check_message(sender: str, to: str, payload: bytes) -> None:
+    """Raise `InvalidEvent` if a message with this content could not be sent."""
+    Message(sender, to, 0, payload)
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise InvalidEvent(
+            f"message: the payload has {len(payload)} bytes, the limit is {MAX_PAYLOAD_BYTES}",
+            hint="keep large content in a file, and send its path",
+        )
+
+
 def sender_key(sender: str) -> str:
     """Return the hash in which the server keeps what it knows of a sender's numbers."""
     return f"em:sender:{sender}"
@@ -120,3 +134,20 @@ def send_once(
     while (answer := append_batch(client, sender, [Outgoing(seq, line, to, payload, at)])).word != "ok":
         seq = answer.last + 1
     return seq
+
+
+def send_patiently(url: str | None, sender: str, to: str, payload: bytes, *, patience_s: float) -> int:
+    """Send one message without an outbox, trying for `patience_s` while Redis is away; return its number.
+
+    Raises `InvalidEvent`, `RedisUnavailable` (then it is unknown whether the last attempt arrived) or `RedisRefused`.
+    """
+    line = uuid.uuid4().hex[:16]
+    at = clock.now()
+    check_message(sender, to, payload)
+    with contextlib.closing(connect(url, retrying=False)) as client:
+
+        def attempt() -> int:
+            with translate_errors(client):
+                return send_once(client, sender, to, payload, at=at, line=line)
+
+        return patiently(attempt, patience_s)

@@ -13,19 +13,10 @@ from types import TracebackType
 from typing import Self
 
 import redis
-import tenacity
 
 from em_bridge import clock, streams
-from em_bridge.connection import as_client, translate_errors
-from em_bridge.errors import RedisUnavailable
+from em_bridge.connection import as_client, patiently, translate_errors
 from em_bridge.events import AgentState, ConfigApplied, ConfigApproved, ConfigProposed, ConfigRejected, Event
-
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 1.0
-
-
-def _passes(error: BaseException) -> bool:
-    return isinstance(error, RedisUnavailable) and error.retryable
 
 
 class Publisher:
@@ -109,19 +100,12 @@ class Publisher:
         once = uuid.uuid4().hex
         # The marker must outlive the last attempt of this call by far; afterwards nobody asks for it.
         ttl_s = max(600.0, 4 * self._patience_s)
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_passes),
-            stop=tenacity.stop_after_delay(self._patience_s),
-            wait=tenacity.wait_exponential_jitter(
-                multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S, jitter=_FIRST_PAUSE_S
-            ),
-            reraise=True,
-        )
-        return retrying(self._attempt, event, once, ttl_s)
 
-    def _attempt(self, event: Event, once: str, ttl_s: float) -> str:
-        with translate_errors(self._client):
-            return streams.append_once(self._client, event, once=once, ttl_s=ttl_s)
+        def attempt() -> str:
+            with translate_errors(self._client):
+                return streams.append_once(self._client, event, once=once, ttl_s=ttl_s)
+
+        return patiently(attempt, self._patience_s)
 
     def close(self) -> None:
         """Close the connections, if they are our own."""

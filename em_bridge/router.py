@@ -122,6 +122,13 @@ def delivered_key(agent: str) -> str:
     return f"em:delivered:{agent}"
 
 
+def known_agents(client: redis.Redis) -> set[str]:
+    """Return the agents that may have an inbox: those of the fleet, and all that ever beat."""
+    fleet = cast(list[bytes], client.hkeys(streams.FLEET))
+    seen = cast(set[bytes], client.smembers(streams.SEEN))
+    return {name.decode("utf-8", "replace") for name in (*fleet, *seen)}
+
+
 class Router:
     """Routes as `consumer` (unique per process start) while `epoch` is the newest of the lease `name`."""
 
@@ -235,9 +242,7 @@ class Router:
             entry.message = None
 
     def _refresh_known(self) -> None:
-        fleet = cast(list[bytes], self._client.hkeys(streams.FLEET))
-        seen = cast(set[bytes], self._client.smembers(streams.SEEN))
-        self._known = {name.decode("utf-8", "replace") for name in (*fleet, *seen)}
+        self._known = known_agents(self._client)
 
     def _route(self, entries: Sequence[_Entry]) -> dict[str, str]:
         """Run the script for `entries`; return the ids it refused, with the reasons."""
@@ -267,6 +272,3 @@ class Router:
 
 def _pairs(flat: Sequence[bytes] | None) -> Fields | None:
     return None if flat is None else dict(zip(flat[::2], flat[1::2], strict=False))
-
-
-__all__ = ["DEAD_LETTER", "Router", "delivered_key"]

@@ -22,11 +22,15 @@ from em_bridge.errors import AgentBackupError, RedisUnavailable
 
 ConfigOption = Annotated[
     Path,
-    typer.Option("--config", metavar="DIR", envvar="BACKUP_CONFIG", help="Folder of the two configuration files."),
+    typer.Option(
+        "--config", metavar="DIR", envvar="BACKUP_CONFIG", help="Folder of the two configuration files."
+    ),
 ]
 RedisUrlOption = Annotated[
     str | None,
-    typer.Option("--redis-url", metavar="URL", envvar="REDIS_URL", help="Redis or Valkey to use.", show_envvar=True),
+    typer.Option(
+        "--redis-url", metavar="URL", envvar="REDIS_URL", help="Redis or Valkey to use.", show_envvar=True
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DEFAULT_CONFIG = Path("config")

@@ -1,0 +1,255 @@
+"""Delivering again what the message log holds and a recipient does not have.
+
+Promise: a replay never hands an agent a message twice, nor out of order. What the agent has dealt with (it publishes
+its `last_seen`) and what waits in its inbox is left out; messages that already wait there behind the missing ones are
+moved behind them. What the router has not reached yet is left to the router. The change of one inbox is one script,
+which does nothing if the inbox or the agent's knowledge changed since the plan was made; then the plan is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, cast
+
+import redis
+
+from em_bridge import streams
+from em_bridge.errors import AgentBackupError, InvalidEvent
+from em_bridge.events import Message, decode, encode
+from em_bridge.inbox import DECLARED, last_seen_key
+from em_bridge.router import delivered_key, known_agents
+from em_bridge.scripts import Arg, Script
+from em_bridge.streams import INBOX_GROUP, MESSAGES, ROUTER_GROUP
+
+MAX_MESSAGES: Final = 100_000
+"""The most that one replay moves for one agent: it is one script, and the server waits for it."""
+TRIES: Final = 20
+
+# KEYS: inbox, what was delivered, what the agent has. ARGV: group, the inbox's last id when planned, how many senders,
+# (sender, number the agent had) of each, how many entries to take out, these, then (sender, number, log entry, body)
+# of each message.
+_REFILL = Script("""
+local at = 3
+local function take() at = at + 1; return ARGV[at - 1] end
+local info, last = redis.call('XINFO', 'STREAM', KEYS[1]), nil
+for i = 1, #info, 2 do if info[i] == 'last-generated-id' then last = info[i + 1] end end
+if last ~= ARGV[2] then return 0 end
+for _ = 1, tonumber(take()) do
+  local sender, had = take(), take()
+  if (redis.call('HGET', KEYS[3], sender) or '') ~= had then return 0 end
+end
+for _ = 1, tonumber(take()) do
+  local entry = take()
+  redis.call('XACK', KEYS[1], ARGV[1], entry)
+  redis.call('XDEL', KEYS[1], entry)
+end
+while at <= #ARGV do
+  local sender, seq, entry, body = take(), take(), take(), take()
+  redis.call('XADD', KEYS[1], '*', 'type', 'message', 'body', body)
+  local before = redis.call('HGET', KEYS[2], sender)
+  if not before or tonumber(string.match(before, '^(%d+) ')) < tonumber(seq) then
+    redis.call('HSET', KEYS[2], sender, seq .. ' ' .. entry)
+  end
+end
+return 1
+""")
+
+
+@dataclass(slots=True)
+class Refill:
+    """What one agent lacks: `missing` in the log's order, and the entries of its inbox that must move behind them."""
+
+    agent: str
+    missing: list[Message] = field(default_factory=list)
+    moved: list[Message] = field(default_factory=list)
+    has: int = 0
+    waiting: int = 0
+    inbox_at: str = "0-0"
+    had: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Plan:
+    """A replay of the log from `start` to `end`; `unrouted` entries are the router's business."""
+
+    start: str
+    end: str
+    messages: int = 0
+    unrouted: int = 0
+    unknown: int = 0
+    refills: dict[str, Refill] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as the command line prints it."""
+        refills = sorted(self.refills.values(), key=lambda refill: refill.agent)
+        return {
+            "from": self.start,
+            "to": self.end,
+            "messages": self.messages,
+            "redelivered": sum(len(refill.missing) for refill in refills),
+            "already_there": sum(refill.has for refill in refills),
+            "waiting_in_inbox": sum(refill.waiting for refill in refills),
+            "not_yet_routed": self.unrouted,
+            "unknown_recipient": self.unknown,
+            "agents": [
+                {
+                    "agent": refill.agent,
+                    "redelivered": len(refill.missing),
+                    "already_there": refill.has,
+                    "waiting_in_inbox": refill.waiting,
+                }
+                for refill in refills
+            ],
+        }
+
+
+def plan_replay(
+    client: redis.Redis, start: str = "-", end: str = "+", *, recipient: str | None = None
+) -> Plan:
+    """Compare the log from `start` to `end` with what each recipient has; nothing is changed."""
+    plan = Plan(start, end)
+    limit = _routed_up_to(client)
+    fleet = known_agents(client)
+    known: dict[str, _Knowledge] = {}
+    for entry, message in _messages(client, start, end):
+        if recipient is not None and message.to != recipient:
+            continue
+        plan.messages += 1
+        if limit is None or streams.id_order(entry) > streams.id_order(limit):
+            plan.unrouted += 1
+            continue
+        if message.to not in fleet:
+            plan.unknown += 1
+            continue
+        if message.to not in known:
+            known[message.to] = _Knowledge(client, message.to)
+            plan.refills[message.to] = Refill(message.to)
+        _consider(plan.refills[message.to], known[message.to], replace(message, log=entry))
+    for agent, refill in plan.refills.items():
+        _complete(refill, known[agent])
+    return plan
+
+
+def execute(client: redis.Redis, plan: Plan) -> Plan:
+    """Carry out `plan`; return the plan that was carried out, which is a newer one where something had changed."""
+    for agent, refill in plan.refills.items():
+        done: Refill | None = refill
+        for _ in range(TRIES):
+            if done is None or not done.missing or _refill(client, done):
+                break
+            done = plan_replay(client, plan.start, plan.end, recipient=agent).refills.get(agent)
+        else:
+            raise AgentBackupError(
+                f"the inbox of “{agent}” changes faster than it can be refilled",
+                hint="stop the agent for the time of the replay",
+            )
+        plan.refills[agent] = done or Refill(agent)
+    return plan
+
+
+class _Knowledge:
+    """What one agent has, and what waits in its inbox."""
+
+    def __init__(self, client: redis.Redis, agent: str) -> None:
+        stream = streams.inbox(agent)
+        streams.ensure_group(client, stream, INBOX_GROUP)
+        # The id first: whatever comes while we read makes the script refuse.
+        info = client.xinfo_stream(stream)
+        self.inbox_at = _text(info["last-generated-id"])
+        published = cast(dict[bytes, bytes], client.hgetall(last_seen_key(agent)))
+        self.declared = {_text(sender): _text(number) for sender, number in published.items()}
+        self.declared.pop(DECLARED, None)
+        self.has = {sender: int(number) for sender, number in self.declared.items()}
+        if not published:
+            # It does not say what it has (a program of another make, say): what was delivered and does not wait in
+            # its inbox counts as dealt with.
+            delivered = cast(dict[bytes, bytes], client.hgetall(delivered_key(agent)))
+            self.has = {_text(sender): int(value.split(b" ")[0]) for sender, value in delivered.items()}
+        self.waiting = {(message.sender, message.seq): message for message in _unacknowledged(client, stream)}
+
+
+def _consider(refill: Refill, knowledge: _Knowledge, message: Message) -> None:
+    if (message.sender, message.seq) in knowledge.waiting:
+        refill.waiting += 1
+    elif message.seq <= knowledge.has.get(message.sender, 0):
+        refill.has += 1
+    else:
+        refill.missing.append(message)
+
+
+def _complete(refill: Refill, knowledge: _Knowledge) -> None:
+    """Add what must move: messages in the inbox that come after a missing one of the same sender."""
+    if len(refill.missing) > MAX_MESSAGES:
+        raise AgentBackupError(
+            f"“{refill.agent}” lacks {len(refill.missing)} messages, the limit is {MAX_MESSAGES} at once",
+            hint="stop the agent and the execution manager, and replay in parts with --from and --to",
+        )
+    first: dict[str, int] = {}
+    for message in refill.missing:
+        first.setdefault(message.sender, message.seq)
+    refill.moved = [m for m in knowledge.waiting.values() if m.seq > first.get(m.sender, m.seq)]
+    refill.inbox_at = knowledge.inbox_at
+    refill.had = {sender: knowledge.declared.get(sender, "") for sender in first}
+
+
+def _refill(client: redis.Redis, refill: Refill) -> bool:
+    """Run the script; False if something changed since the plan."""
+    args: list[Arg] = [INBOX_GROUP, refill.inbox_at, len(refill.had)]
+    for sender, had in refill.had.items():
+        args += (sender, had)
+    args.append(len(refill.moved))
+    args += (cast(str, message.entry) for message in refill.moved)
+    for message in sorted([*refill.missing, *refill.moved], key=lambda m: streams.id_order(m.log or "0-0")):
+        args += (message.sender, message.seq, message.log or "0-0", encode(message)[b"body"])
+    keys = (streams.inbox(refill.agent), delivered_key(refill.agent), last_seen_key(refill.agent))
+    return bool(_REFILL(client, keys, args))
+
+
+def _routed_up_to(client: redis.Redis) -> str | None:
+    """Return the last log entry that the router has dealt with, with all before it; None if it never ran."""
+    if not client.exists(MESSAGES):
+        return None
+    for group in client.xinfo_groups(MESSAGES):
+        if group["name"] == ROUTER_GROUP.encode():
+            if not group["pending"]:
+                return _text(group["last-delivered-id"])
+            oldest = _text(client.xpending(MESSAGES, ROUTER_GROUP)["min"])
+            milliseconds, number = streams.id_order(oldest)
+            return f"{milliseconds}-{number - 1}" if number else f"{milliseconds - 1}-{2**63}"
+    return None
+
+
+def _messages(client: redis.Redis, start: str, end: str) -> Iterator[tuple[str, Message]]:
+    for entry, fields in streams.read_range(client, MESSAGES, start, end):
+        try:
+            event = decode(fields, stream=MESSAGES)
+        except InvalidEvent:
+            # It is in the dead-letter stream already.
+            continue
+        assert isinstance(event, Message)
+        yield entry, event
+
+
+def _unacknowledged(client: redis.Redis, stream: str) -> Iterator[Message]:
+    """Yield what waits in an inbox: handed out and not acknowledged, or not handed out yet."""
+    [group] = [g for g in client.xinfo_groups(stream) if g["name"] == INBOX_GROUP.encode()]
+    delivered = streams.id_order(_text(group["last-delivered-id"]))
+    pending: set[str] = set()
+    start = "-"
+    while rows := cast(Any, client.xpending_range(stream, INBOX_GROUP, start, "+", 1000)):
+        pending.update(_text(row["message_id"]) for row in rows)
+        start = f"({_text(rows[-1]['message_id'])}"
+    first = min(pending, key=streams.id_order) if pending else f"({_text(group['last-delivered-id'])}"
+    for entry, fields in streams.read_range(client, stream, first):
+        if entry in pending or streams.id_order(entry) > delivered:
+            try:
+                event = decode(fields, stream=stream)
+            except InvalidEvent:
+                continue
+            assert isinstance(event, Message)
+            yield replace(event, entry=entry)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

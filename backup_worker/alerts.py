@@ -20,11 +20,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import msgpack
 
 from backup_worker.history import History
-from backup_worker.receivers import Sent, Severity, scheme_of, send_with_apprise
+from backup_worker.receivers import Sent, Severity, receiver_of, scheme_of, send_with_apprise
 from em_bridge.errors import AgentBackupError, NotFound
 
 if TYPE_CHECKING:
     from redis import Redis
+
+__all__ = [
+    "Alert", "OpenAlert", "Send", "Sent", "Severity",
+    "acknowledge", "deliver_due", "open_alerts", "pending_deliveries", "raise_alert", "receiver_of", "resolve", "tell",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

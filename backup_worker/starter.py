@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from backup_worker.config import AGENTS_FILE, SCHEDULE_FILE, from_contents, schema_name, schemas
-from backup_worker.config.models import DEFAULT_TIERS
+from backup_worker.config import (
+    AGENTS_FILE,
+    DEFAULT_TIERS,
+    SCHEDULE_FILE,
+    from_contents,
+    schema_name,
+    schemas,
+)
 from backup_worker.fleet import EXCLUDED, USUAL, Found
 from em_bridge.errors import UsageError
 

@@ -13,9 +13,10 @@ from itertools import islice
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
+from backup_worker.config.agents import AgentConfig, AgentsFile
 from backup_worker.config.document import Place
 from backup_worker.config.explain import Problem, suggestion
-from backup_worker.config.models import AgentConfig, AgentsFile, Schedule, Tier
+from backup_worker.config.schedule import Schedule, Tier
 
 SLOT = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 _SLOT_LENGTH = 64

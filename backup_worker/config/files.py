@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from backup_worker.config import checks, document
+from backup_worker.config.agents import AgentConfig, AgentsFile
 from backup_worker.config.explain import InvalidConfig, Problem, explain, suggestion
-from backup_worker.config.models import AgentConfig, AgentsFile, Model, Schedule, Tier
+from backup_worker.config.fields import Model
+from backup_worker.config.schedule import Schedule, Tier
 from em_bridge.errors import NotFound
 
 if TYPE_CHECKING:

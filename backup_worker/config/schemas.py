@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from backup_worker.config.agents import AgentsFile
+from backup_worker.config.fields import Model
 from backup_worker.config.files import AGENTS_FILE, SCHEDULE_FILE
-from backup_worker.config.models import AgentsFile, Model, Schedule
+from backup_worker.config.schedule import Schedule
 
 _FILES: dict[str, tuple[type[Model], str]] = {
     SCHEDULE_FILE: (Schedule, "Agent Backup: what, when, where"),

@@ -64,7 +64,7 @@ def test_the_shipped_configuration_loads() -> None:
     assert loaded.agent("leroy").depends_on == ["jay", "rick"]
     assert loaded.tier("daily").keep == 30
     assert loaded.schedule.repository == Path("/backups")
-    assert loaded.schedule.state == SHIPPED.parent / "var"
+    assert loaded.schedule.state == Path("/state")
     assert loaded.schedule.limits.alert_repeat_minutes == 60
 
 
@@ -75,6 +75,11 @@ def test_relative_paths_are_relative_to_the_file_not_to_the_current_folder(tmp_p
     loaded = config.load(tmp_path)
     assert loaded.schedule.repository == tmp_path.parent / "b"
     assert loaded.agent("z").root == tmp_path / "fleet" / "z"
+
+
+def test_the_state_folder_is_beside_the_configuration_unless_it_is_named() -> None:
+    loaded = load(lambda schedule, agents: schedule.pop("state", None))
+    assert loaded.schedule.state == loaded.directory.parent / "var"
 
 
 def test_a_schedule_without_tiers_has_the_three_of_the_contract() -> None:

@@ -91,7 +91,6 @@ class Runtime:
             self._ask_for_delivery()
 
     def _ask_for_delivery(self) -> None:
-        """Have the alerts sent now, by a job of its own; many alerts of one second make one job."""
+        """Have the alerts sent now, by a job of its own: sending must not hold up what raised them."""
         if self.client is not None:
-            once = f"deliver/{int(clock.now())}"
-            streams.append_once(self.client, MaintenanceDue("deliver"), once=once, ttl_s=60.0)
+            streams.append(self.client, MaintenanceDue("deliver"))

@@ -8,8 +8,10 @@ import json
 import os
 import sqlite3
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from em_bridge import Agent
 
@@ -35,11 +37,15 @@ def main() -> int:
 
 
 def obey(me: Agent, file: Path) -> None:
-    """Send what the orders ask for, at the pace they ask for."""
-    if not file.exists():
-        return
-    orders = json.loads(file.read_text())
-    file.unlink()
+    """Take the orders, if there are any, and carry them out in the background."""
+    if file.exists():
+        orders = json.loads(file.read_text())
+        file.unlink()
+        threading.Thread(target=talk, args=(me, orders), daemon=True).start()
+
+
+def talk(me: Agent, orders: dict[str, Any]) -> None:
+    """Send numbered messages, at the pace that the orders ask for."""
     for number in range(1, orders["count"] + 1):
         me.send(orders["to"], str(number).encode())
         time.sleep(1 / orders["per_second"])

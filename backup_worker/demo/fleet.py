@@ -49,8 +49,8 @@ class Fleet:
         """The folder of one agent."""
         return self.folder / "agents" / agent
 
-    def make(self) -> None:
-        """Write the files of every agent, and the configuration."""
+    def make(self, alerts_to: str) -> None:
+        """Write the files of every agent, and the configuration; alerts go to the apprise URL `alerts_to`."""
         for agent in DEPENDS_ON:
             self._make_agent(agent)
         self.config_dir.mkdir()
@@ -59,6 +59,7 @@ class Fleet:
             "repository": "../backups",
             "history": "../backups/system-history.jsonl",
             "state": "../var",
+            "alerts": [alerts_to],
         }
         agents = {"agents": {agent: self._agent_entry(agent) for agent in DEPENDS_ON}}
         for name, content in (("backup_schedule.json", schedule), ("agents.json", agents)):

@@ -53,14 +53,31 @@ def examine(config_dir: Path, redis_url: str | None, *, now: float, test_alert: 
             "configuration", "ok", f"{config_dir}: {count} agents, tiers {', '.join(config.schedule.tiers)}"
         ),
         *_clock(config, now),
-        *(check for name, agent in config.agents.items() for check in _agent(name, agent)),
-        *_repository(config),
-        *_state(config),
-        *_history(config),
-        *_redis(config, redis_url, now),
-        *_alerts(config, test_alert=test_alert),
-        *_approvals(config),
+        *(
+            check
+            for name, agent in config.agents.items()
+            for check in _careful(f"agent {name}", _agent(name, agent))
+        ),
+        *_careful("repository", _repository(config)),
+        *_careful("state folder", _state(config)),
+        *_careful("history", _history(config)),
+        *_careful("redis", _redis(config, redis_url, now)),
+        *_careful("alerts", _alerts(config, test_alert=test_alert)),
+        *_careful("approvals", _approvals(config)),
     ]
+
+
+def _careful(name: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """Yield `checks`, and make a failed check of what keeps them from being made."""
+    try:
+        yield from checks
+    except OSError as error:
+        where = f" “{os.fsdecode(error.filename)}”" if error.filename else ""
+        yield Check(
+            name, "fail", f"{_reason(error)}{where}", "check the path, its owner and mode, and who you run as"
+        )
+    except AgentBackupError as error:
+        yield Check(name, "fail", error.message, error.hint)
 
 
 def _clock(config: Config, now: float) -> Iterator[Check]:

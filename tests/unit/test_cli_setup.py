@@ -200,3 +200,10 @@ def test_doctor_says_what_approvals_are_worth(started: Path) -> None:
     assert checks(started)["approvals"].status == "ok"
     signers.chmod(0o666)
     assert checks(started)["approvals"].status == "fail"
+
+
+def test_one_part_that_cannot_be_examined_hides_no_other(started: Path) -> None:
+    edit(started, config.AGENTS_FILE, lambda d: d["agents"]["em"].update(root="/" + "x" * 300))
+    found = checks(started)
+    assert (found["agent em"].status, found["agent z"].status) == ("fail", "ok")
+    assert "file name too long" in found["agent em"].detail

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from backup_worker import config
+from backup_worker import config, starter
 from backup_worker.doctor import Check, examine
+from backup_worker.fleet import discover
 from backup_worker.history import History
 
 PROGRAM = Path(sys.executable).with_name("backup-worker")
@@ -44,6 +45,11 @@ def checks(directory: Path, redis_url: str | None = None, *, test_alert: bool = 
     return {one.check: one for one in found}
 
 
+def propose(fleet: Path) -> None:
+    directory = fleet.parent / "config"
+    starter.write(directory, starter.contents(directory, discover(fleet), "UTC"))
+
+
 def edit(directory: Path, file: str, change: Any) -> None:
     path = directory / "config" / file
     document = json.loads(path.read_text())
@@ -53,9 +59,9 @@ def edit(directory: Path, file: str, change: Any) -> None:
 
 @pytest.fixture
 def started(fleet: Path) -> Path:
-    """A folder in which `init` has been run for the fleet, and a start command was added."""
+    """A folder with what `init` writes for the fleet, to which a start command was added."""
     directory = fleet.parent
-    assert run("init", "--from", "fleet", cwd=directory).returncode == 0
+    propose(fleet)
     start = {"command": ["python3", "agent.py"]}
     edit(directory, config.AGENTS_FILE, lambda d: [one.update(start=start) for one in d["agents"].values()])
     return directory
@@ -145,7 +151,7 @@ def test_doctor_sees_a_program_that_is_not_there(started: Path) -> None:
 
 
 def test_doctor_says_what_a_missing_start_means(fleet: Path) -> None:
-    run("init", "--from", "fleet", cwd=fleet.parent)
+    propose(fleet)
     assert checks(fleet.parent)["start of z"].status == "warn"
 
 

@@ -66,13 +66,17 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
 
 
 def missing_backups(runtime: Runtime, now: float) -> dict[tuple[str, str], schedule.Due]:
-    """Return (tier, agent) -> the newest slot that should be there for longer than the limit, and is not.
+    """Return (tier, agent) -> the newest slot that should be filled for longer than the limit, and is not.
 
-    A slot that was announced late (everything was down, or the agent is new) has its time from the announcement.
+    A snapshot made by hand since the slot was due fills it too. A slot that was announced late (everything was down,
+    or the agent is new) has its time from the announcement.
     """
     grace_s = runtime.config.schedule.limits.overdue_minutes * 60
-    made = {(head.tier, head.slot, head.agent) for head in runtime.repository.snapshots()}
-    missing = schedule.due(runtime.config, made, now - grace_s)
+    newest: dict[tuple[str, str], float] = {}
+    for head in runtime.repository.snapshots():
+        newest[head.tier, head.agent] = head.created_at
+    due_by_now = schedule.due(runtime.config, (), now - grace_s)
+    missing = [late for late in due_by_now if newest.get((late.tier, late.agent), 0.0) < late.fire_at]
     announced: list[Any] = [None] * len(missing)
     if runtime.client is not None and missing:
         announced = list(runtime.client.mget([streams.once_key(slot_announcement(late)) for late in missing]))

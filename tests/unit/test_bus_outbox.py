@@ -136,6 +136,7 @@ def test_a_clock_that_is_set_back_does_not_keep_messages_for_ever(
         assert outbox.forget_old() == 0
 
 
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.one_of(st.just("put"), st.integers(0, 3), st.just("again"), st.just("behind")), max_size=30)
 )

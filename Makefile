@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOCK_OPTIONS := --quiet --universal --generate-hashes --no-emit-index-url --no-header
 
 .PHONY: setup demo up test lint bench lock clean help
 
@@ -34,9 +35,10 @@ lint: setup ## ruff and mypy
 bench: setup ## Side-by-side figures
 	$(BIN)/python -m tests.benchmarks
 
-lock: setup ## Renew requirements.lock from pyproject.toml
+lock: setup ## Renew both lock files from pyproject.toml (versions that are locked stay unless they must change)
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --extra dev --extra console pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile $(LOCK_OPTIONS) --extra dev --extra console pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile $(LOCK_OPTIONS) --extra console pyproject.toml -o requirements-runtime.lock
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -369,9 +369,11 @@ class Demo:
             schedule = self.runtime.config.schedule
             self.show.say(f"history:    {schedule.history} (chain of {report.lines} lines proven)")
             self.show.say(f"repository: {schedule.repository}")
-            self.show.say("try next, with " + f"BACKUP_CONFIG={self.fleet.config_dir}:")
+            program = os.path.relpath(Path(sys.executable).with_name("backup-worker"))
+            self.show.say("try next:")
+            self.show.say(f"  export BACKUP_CONFIG={self.fleet.config_dir}")
             for command in ("list", "verify", "history", "restore rick --to /tmp/rick --dry-run"):
-                self.show.say(f"  backup-worker {command}")
+                self.show.say(f"  {program} {command}")
             step.facts = {**totals, "history": str(schedule.history), "repository": str(schedule.repository)}
 
     def _events(self) -> int:

@@ -222,10 +222,10 @@ def translate(error: Exception, where: redis.Redis | str = "") -> AgentBackupErr
 
 
 def _plain(error: Exception) -> str:
-    """Return the first line of an error's text, beginning in lower case, without “Error 111 connecting to”."""
+    """Return the first line of an error's text in lower case, without redis-py's “Error 111 connecting to …”."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = re.sub(r"\AError (-?\d+ )?(while )?(connecting to|reading from) [^ ]+\.? ?", "", lines[0]).strip(
-        " ."
+    text = re.sub(
+        r"\AError( -?\d+)? (while )?(connecting to|reading from|writing to) \S+[ .:]*", "", lines[0]
     )
-    text = re.sub(r"\A(?:\[Errno )?-?\d+\]? (?:connecting to \S+ )?", "", text).strip(" .") or "no answer"
+    text = re.sub(r"\A\(-?\d+, '(.*)'\)\Z", r"\1", text).strip(" .") or "no answer"
     return text[:1].lower() + text[1:]

@@ -213,13 +213,18 @@ def to_wire(event: Event) -> dict[str, Any]:
 
 def encode(event: Event) -> dict[bytes, bytes]:
     """Return the two fields of a stream entry. Raises `InvalidEvent` if the body is larger than 1 MiB."""
-    body: bytes = msgpack.packb(to_wire(event))
+    return {b"type": event.type.encode(), b"body": encode_body(event)}
+
+
+def encode_body(event: Event, **more: Any) -> bytes:
+    """Return the body alone, with `more` keys. Raises `InvalidEvent` if it is larger than 1 MiB."""
+    body: bytes = msgpack.packb(to_wire(event) | more)
     if len(body) > MAX_BODY_BYTES:
         raise InvalidEvent(
             f"{event.type}: the body has {len(body)} bytes, the limit is {MAX_BODY_BYTES}",
             hint="keep large content in a file, and send its path",
         )
-    return {b"type": event.type.encode(), b"body": body}
+    return body
 
 
 def decode(entry: Mapping[bytes, bytes], *, stream: str | None = None) -> Event:

@@ -16,7 +16,7 @@ import redis
 
 from em_bridge import streams
 from em_bridge.errors import AgentBackupError, InvalidEvent
-from em_bridge.events import Message, decode, encode
+from em_bridge.events import MAX_PAYLOAD_BYTES, Message, decode, encode, encode_body
 from em_bridge.inbox import DECLARED, last_seen_key
 from em_bridge.router import delivered_key, known_agents
 from em_bridge.scripts import Arg, Script
@@ -224,6 +224,9 @@ def _messages(client: redis.Redis, start: str, end: str) -> Iterator[tuple[str, 
     for entry, fields in streams.read_range(client, MESSAGES, start, end):
         try:
             event = decode(fields, stream=MESSAGES)
+            if len(fields[b"body"]) > MAX_PAYLOAD_BYTES:
+                # With its place in the log it may be too large for an inbox.
+                encode_body(event, log=entry)
         except InvalidEvent:
             # It is in the dead-letter stream already.
             continue

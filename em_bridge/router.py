@@ -22,7 +22,7 @@ import redis
 from em_bridge import streams
 from em_bridge.connection import MAX_BLOCK_S
 from em_bridge.errors import InvalidEvent
-from em_bridge.events import Message, decode, encode
+from em_bridge.events import Message, decode, encode, encode_body
 from em_bridge.lease import epoch_key
 from em_bridge.scripts import Arg, Script
 from em_bridge.streams import DEAD_LETTER, MESSAGES, ROUTER_GROUP, Fields
@@ -114,6 +114,7 @@ class _Entry:
     id: str
     fields: Fields
     message: Message | None = None
+    body: bytes = b""
     reason: str = ""
 
 
@@ -217,7 +218,9 @@ class Router:
             try:
                 event = decode(entry.fields, stream=MESSAGES)
                 assert isinstance(event, Message)
-                entry.message = replace(event, log=entry.id)
+                # With the place in the log a body of nearly the largest size may become too large: known only here.
+                entry.body = encode_body(event, log=entry.id)
+                entry.message = event
             except InvalidEvent as problem:
                 entry.reason = problem.message
         if any(entry.message and entry.message.to not in self._known for entry in entries):
@@ -258,7 +261,7 @@ class Router:
                 log.warning("message %s is a dead letter: %s", entry.id, entry.reason)
             else:
                 place = recipients.setdefault(message.to, len(recipients) + 1)
-                args += (entry.id, place, message.sender, message.seq, encode(message)[b"body"])
+                args += (entry.id, place, message.sender, message.seq, entry.body)
         keys = [DEAD_LETTER]
         for name in recipients:
             keys += (streams.inbox(name), delivered_key(name))

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from em_bridge import Agent, ExecutionManager, Message, messages, replay, streams
+from em_bridge import Agent, ExecutionManager, messages, replay, streams
 from em_bridge.connection import connect
 from em_bridge.errors import AgentBackupError, InvalidEvent, LeaseLost
-from em_bridge.events import DeadLetter, decode, encode
+from em_bridge.events import MAX_BODY_BYTES, DeadLetter, Message, decode, encode
 from em_bridge.lease import Lease
 from em_bridge.outbox import Outbox
 from em_bridge.router import Router
@@ -343,6 +343,18 @@ def test_invalid_entries_and_unknown_recipients_become_dead_letters(valkey: Valk
     assert reasons[1:] == ["the entry has no field “type”", "unknown recipient “ghost”"]
     assert letters(client)[1].raw == {"foo": b"bar"}
     assert client.xpending(streams.MESSAGES, streams.ROUTER_GROUP)["pending"] == 0
+
+
+def test_a_message_that_only_just_fits_does_not_stop_the_router(valkey: ValkeyServer) -> None:
+    client = valkey.client()
+    make_known(client, "jay")
+    spare = MAX_BODY_BYTES - len(encode(Message("z", "jay", 1, b"x" * 100_000))[b"body"])
+    client.xadd(streams.MESSAGES, encode(Message("z", "jay", 1, b"x" * (100_000 + spare))))  # type: ignore[arg-type]
+    client.xadd(streams.MESSAGES, encode(Message("z", "jay", 2, b"fine")))  # type: ignore[arg-type]
+    drain(router(valkey))
+    assert inbox_of(client, "jay") == [b"fine"]
+    [letter] = letters(client)
+    assert "the limit is 1048576" in letter.reason and "cut" in letter.reason
 
 
 def test_a_recipient_of_the_fleet_has_an_inbox_before_it_ever_ran(valkey: ValkeyServer) -> None:

@@ -61,6 +61,25 @@ def test_passwords_are_hidden() -> None:
     assert hide_password("redis://host") == "redis://host"
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("Error 111 connecting to h:1. Connection refused.", "connection refused"),
+        (
+            "Error while reading from 127.0.0.1:7398 : (104, 'Connection reset by peer')",
+            "connection reset by peer",
+        ),
+        ("Error -2 connecting to nohost:6379. Name or service not known.", "name or service not known"),
+        ("Connection closed by server.", "connection closed by server"),
+        ("", "connectionerror"),
+    ],
+)
+def test_the_reason_is_said_in_plain_words(raised: str, said: str) -> None:
+    found = translate(redis.ConnectionError(raised), "redis://:secret@h:1")
+    assert found is not None
+    assert found.message.lower() == f"redis at “redis://:***@h:1” cannot be reached: {said}"
+
+
 def test_errors_say_whether_waiting_helps() -> None:
     for error in (
         redis.ConnectionError("Error 111 connecting to h:1. Connection refused."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,3 +81,13 @@ class Show:
             }
             for one in self.steps
         ]
+
+
+def wait_for(what: str, within_s: float, holds: Callable[[], bool]) -> float:
+    """Wait until `holds()`; return how many seconds it took. Raises StepFailed after `within_s`."""
+    begun = clock.monotonic()
+    while not holds():
+        if clock.monotonic() - begun > within_s:
+            raise StepFailed(f"waited {within_s:.0f} s in vain for {what}")
+        clock.sleep(0.05)
+    return clock.monotonic() - begun

@@ -259,7 +259,7 @@ class Demo:
             schedule = self.runtime.config.schedule
             self.show.say(f"history:    {schedule.history} (chain of {report.lines} lines proven)")
             self.show.say(f"repository: {schedule.repository}")
-            program = os.path.relpath(Path(sys.executable).with_name("backup-worker"))
+            program = str(Path(sys.executable).with_name("backup-worker")).removeprefix(f"{Path.cwd()}/")
             self.show.say("try next:")
             self.show.say(f"  export BACKUP_CONFIG={self.fleet.config_dir}")
             for command in ("list", "verify", "history", "restore rick --to /tmp/rick --dry-run"):

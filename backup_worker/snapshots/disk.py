@@ -166,12 +166,13 @@ def walk(tree: Tree, folder: str = ".") -> Iterator[tuple[str, os.stat_result]]:
 def copy_hashed(source: int, target: int | None, size_hint: int = CHUNK_BYTES) -> tuple[int, str]:
     """Copy from descriptor to descriptor to the end; return the size and SHA-256 of what was read.
 
-    With `target` None the content is only hashed. Blocks of zeros become holes. Constant memory. Raises ReadError where
-    the source cannot be read, any other OSError where the target cannot be written.
+    With `target` None the content is only hashed. Blocks of zeros become holes. Constant memory: `size_hint` only spares
+    a small file a large buffer, and more than that may come. Raises ReadError where the source cannot be read, any other
+    OSError where the target cannot be written.
     """
     digest = hashlib.sha256()
     size = 0
-    while chunk := _read_block(source, min(max(size_hint - size, 0) + 1, CHUNK_BYTES)):
+    while chunk := _read_block(source, _block_size(size_hint - size)):
         digest.update(chunk)
         size += len(chunk)
         if target is not None:
@@ -179,6 +180,11 @@ def copy_hashed(source: int, target: int | None, size_hint: int = CHUNK_BYTES) -
     if target is not None:
         os.ftruncate(target, size)
     return size, digest.hexdigest()
+
+
+def _block_size(expected: int) -> int:
+    # One byte above what is expected, so that the read that meets the end is a cheap one.
+    return CHUNK_BYTES if expected < 0 else min(expected + 1, CHUNK_BYTES)
 
 
 def _read_block(source: int, size: int) -> bytes:

@@ -166,8 +166,8 @@ def walk(tree: Tree, folder: str = ".") -> Iterator[tuple[str, os.stat_result]]:
 def copy_hashed(source: int, target: int | None, size_hint: int = CHUNK_BYTES) -> tuple[int, str]:
     """Copy from descriptor to descriptor to the end; return the size and SHA-256 of what was read.
 
-    With `target` None the content is only hashed. Blocks of zeros become holes. Constant memory: `size_hint` only spares
-    a small file a large buffer, and more than that may come. Raises ReadError where the source cannot be read, any other
+    With `target` None the content is only hashed. Blocks of zeros become holes. Constant memory: `size_hint` only
+    spares a small file a large buffer, and more may come. Raises ReadError where the source cannot be read, any other
     OSError where the target cannot be written.
     """
     digest = hashlib.sha256()

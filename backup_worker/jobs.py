@@ -16,6 +16,7 @@ from rq.job import Job
 
 from backup_worker import backups, changes, maintain
 from backup_worker.config import ConfigWatch
+from backup_worker.queues import ForeignJob
 from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime
 from em_bridge import clock, events, streams
@@ -82,15 +83,19 @@ def maintenance(args: dict[str, Any]) -> dict[str, Any]:
 def report_failure(job: Job, error: BaseException) -> None:
     """Put a job that failed for good on the record, and tell a human."""
     runtime = _runtime(job)
+    name, facts = "?", {}
     try:
-        function, arguments = job.func_name or "?", job.args[0] if job.args else {}
-    except AgentBackupError as foreign:
-        function, arguments = "?", {}
+        name = (job.func_name or "?").rpartition(".")[2]
+        # Only what is text: anybody may have written this job.
+        given = job.args[0] if job.args and isinstance(job.args[0], dict) else {}
+        facts = {key: given[key] for key in ("agent", "tier") if isinstance(given.get(key), str)}
+    except ForeignJob as foreign:
         error = foreign
-    agent = arguments.get("agent") if isinstance(arguments, dict) else None
-    name = function.rpartition(".")[2]
-    runtime.record("job-failed", job=job.id, function=name, agent=agent, error=str(error))
-    tier = arguments.get("tier") if isinstance(arguments, dict) else None
-    key = f"backup/{tier}/{agent}" if name == "backup" else f"job/{job.id}"
-    title = f"{tier} backup of {agent} failed" if name == "backup" else f"job {job.id} failed"
-    runtime.alert(key, "critical", title, str(error), agent=agent)
+    agent, tier = facts.get("agent"), facts.get("tier")
+    why = str(error) or type(error).__name__
+    is_backup = name == "backup" and agent and tier
+    kind = "backup-failed" if is_backup else "job-failed"
+    runtime.record(kind, job=job.id, function=name, agent=agent, tier=tier, error=why)
+    key = f"backup/{tier}/{agent}" if is_backup else f"job/{job.id}"
+    title = f"{tier} backup of {agent} failed" if is_backup else f"job {job.id} failed"
+    runtime.alert(key, "critical", title, why, agent=agent)

@@ -5,24 +5,33 @@ callers may forget the `serializer` argument) can reach pickle. `SafeJob` refuse
 outside `ALLOWED`, a method of an object, a callback or a webhook; refusing happens before anything is imported.
 
 A job that is refused raises `ForeignJob`: RQ marks it failed, and the worker's failure handler records and alerts it.
+What cannot even be read as a job is dropped with a line in the log: it must not bring down one worker after another.
 """
 
 from __future__ import annotations
 
+import logging
+import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgpack
+import redis.exceptions
 import rq.serializers
+from rq.exceptions import DeserializationError, NoSuchJobError
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import UNEVALUATED, Job
 from rq.queue import Queue
 from rq.utils import now as rq_now
 
 from em_bridge.errors import AgentBackupError
+from em_bridge.scripts import Script
 
 if TYPE_CHECKING:
     from redis import Redis
+    from rq.worker import BaseWorker
+
+log = logging.getLogger(__name__)
 
 RECOVERY = "recovery"
 BACKUP = "backup"
@@ -40,8 +49,12 @@ STUCK_AFTER_S = 3.0
 """How long a job may lie between queue and worker before it counts as dropped by a killed worker."""
 
 
-class ForeignJob(AgentBackupError):
-    """A job in our queues that is not one of ours; it was not loaded."""
+MAINTENANCE_LOCK_S = 10
+"""How long a worker killed in the middle of cleaning a queue keeps the others from it; RQ would have it 15 minutes."""
+
+
+class ForeignJob(AgentBackupError, DeserializationError):
+    """A job in our queues that is not one of ours; it was not loaded. RQ takes it as a job that it cannot read."""
 
 
 class MsgpackSerializer:
@@ -68,6 +81,29 @@ rq.serializers.SERIALIZER_ALIASES["pickle"] = MsgpackSerializer
 class SafeJob(Job):
     """A job that can only be one of `ALLOWED`, without callbacks and webhooks."""
 
+    @classmethod
+    def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
+        """Return the job `id`; raises NoSuchJobError also for what is no job at all."""
+        try:
+            return super().fetch(id, connection=connection, serializer=serializer)
+        except (ValueError, redis.exceptions.ResponseError) as error:
+            # Anything else than NoSuchJobError ends RQ's worker, and the next one would meet the same job again.
+            log.error("%.80r in our queues is no job: %s", id, error)
+            raise NoSuchJobError(f"{id!r} is no job") from error
+
+    def restore(self, raw_data: Mapping[bytes, bytes]) -> None:
+        """Take over what Redis holds of this job, except what could make a worker run or call something else."""
+        try:
+            super().restore(_bounded(raw_data))
+        except NoSuchJobError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever somebody wrote there, it is judged as a job of theirs
+            log.error("job %s cannot be read: %s", self.id, error)
+            self.data, self.retries_left = b"", None
+        self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
+        self._success_callback = self._failure_callback = self._stopped_callback = UNEVALUATED
+        self.webhooks = []
+
     def _deserialize_data(self) -> None:
         try:
             name, instance, args, kwargs = MsgpackSerializer.loads(self.data)
@@ -82,25 +118,70 @@ class SafeJob(Job):
             raise ForeignJob(f"job “{self.id}” does not have the form of our jobs")
         self._func_name, self._instance, self._args, self._kwargs = name, None, args, kwargs
 
-    def restore(self, raw_data: Mapping[bytes, bytes]) -> None:
-        """Take over what Redis holds of this job, except what could make a worker run or call something else."""
-        super().restore(raw_data)
-        self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
-        self._success_callback = self._failure_callback = self._stopped_callback = UNEVALUATED
-        self.webhooks = []
+
+def _bounded(raw: Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:
+    """Return a job's hash with its data unpacked, but never more than `MAX_JOB_BYTES` of it."""
+    data = raw.get(b"data")
+    if data is None:
+        return raw
+    inflating = zlib.decompressobj()
+    try:
+        plain = inflating.decompress(data, MAX_JOB_BYTES)
+    except zlib.error:
+        return raw
+    if inflating.unconsumed_tail:
+        raise ValueError(f"its data are more than {MAX_JOB_BYTES} bytes")
+    return {**raw, b"data": plain}
+
+
+# A job that has ended, or waits in the queue again, only left its trace here.
+_PUT_BACK = Script("""
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
+redis.call('DEL', KEYS[3])
+local status = redis.call('HGET', KEYS[4], 'status')
+if status == 'finished' or status == 'failed' or status == 'stopped' then return 0 end
+if redis.call('LPOS', KEYS[2], ARGV[1]) then return 0 end
+redis.call('LPUSH', KEYS[2], ARGV[1])
+return 1
+""")
 
 
 class _HealedIntermediateQueue(IntermediateQueue):
-    """RQ waits a minute before it believes that a job was dropped on its way to a worker; we wait seconds."""
+    """Where a job lies between the queue and a worker. One dropped there by a killed worker goes back into the queue.
 
-    def should_be_cleaned_up(self, job_id: str) -> bool:
+    RQ waits a minute before it believes that, and then counts it as a failure of the job, which never began.
+    """
+
+    def get_job_ids(self) -> list[str]:
+        """Return the ids of what lies here; what is no text comes back as an id that does not exist."""
+        found: Any = self.connection.lrange(self.key, 0, -1)
+        return [raw.decode(errors="replace") for raw in found]
+
+    def cleanup(self, worker: BaseWorker, queue: Queue) -> None:
+        """Put back what lies here for longer than `STUCK_AFTER_S` and that nobody runs."""
+        running = set(queue.started_job_registry.get_job_ids(cleanup=False))
+        for job_id in self.get_job_ids():
+            if job_id in running:
+                continue
+            try:
+                SafeJob.fetch(job_id, connection=self.connection)
+            except NoSuchJobError:
+                self.remove(job_id)
+                continue
+            if not self.set_first_seen(job_id) and self._is_stuck(job_id):
+                keys = (self.key, queue.key, self.get_first_seen_key(job_id), Job.key_for(job_id))
+                if _PUT_BACK(self.connection, keys, (job_id,)):
+                    log.warning("job %s was dropped on its way to a worker; it is back in its queue", job_id)
+
+    def set_first_seen(self, job_id: str) -> bool:
+        """Note that the job was seen here; soon forgotten, because the same id may come this way again."""
+        seconds = int(STUCK_AFTER_S * 3)
+        key = self.get_first_seen_key(job_id)
+        return bool(self.connection.set(key, rq_now().timestamp(), nx=True, ex=seconds))
+
+    def _is_stuck(self, job_id: str) -> bool:
         first_seen = self.get_first_seen(job_id)
         return first_seen is not None and (rq_now() - first_seen).total_seconds() > STUCK_AFTER_S
-
-    def remove(self, job_id: str) -> None:
-        super().remove(job_id)
-        # Otherwise the next time that this id is on its way, it counts as stuck at once.
-        self.connection.delete(self.get_first_seen_key(job_id))
 
 
 class SafeQueue(Queue):
@@ -112,6 +193,10 @@ class SafeQueue(Queue):
     def intermediate_queue(self) -> IntermediateQueue:
         """The list that holds a job between this queue and a worker."""
         return _HealedIntermediateQueue(self.key, connection=self.connection)
+
+    def acquire_maintenance_lock(self) -> bool:
+        """Return whether this worker may clean the queue now; nobody else does for `MAINTENANCE_LOCK_S`."""
+        return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=MAINTENANCE_LOCK_S))
 
 
 def open_queue(name: str, client: Redis) -> SafeQueue:

@@ -12,6 +12,7 @@ is not, and the last failure is recorded and alerts.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -20,6 +21,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import redis.exceptions
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from rq.exceptions import AbandonedJobError
 from rq.job import Job
 from rq.queue import Queue
@@ -28,6 +32,7 @@ from rq.worker import Worker
 from backup_worker import queues
 from backup_worker.health import Mark
 from backup_worker.supervisor import PR_SET_PDEATHSIG
+from em_bridge import connection
 from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
@@ -37,7 +42,7 @@ log = logging.getLogger(__name__)
 
 MONITOR_S = 1
 LEASE_S = 5
-MAINTENANCE_S = 2
+MAINTENANCE_S = 1
 BLOCK_S = 2
 """How long one blocking read for a job lasts: shorter than the client's socket timeout, and a worker that waits looks
 for abandoned jobs in between."""
@@ -71,11 +76,38 @@ class BackupWorker(Worker):
                 self._mark = Mark(self.connection, "worker")
             self._mark.renew()
 
+    def teardown(self) -> None:
+        """Sign off; a Redis that is gone as well is not waited for, because nobody would wait for us."""
+        self.connection.set_retry(Retry(NoBackoff(), 0))
+        sign_off: Any = super().teardown
+        with contextlib.suppress(redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
+            sign_off()
+
+    def maintain_heartbeats(self, job: Job) -> None:
+        """Renew the lease of the running job, RQ's mark of this worker, and that of the part."""
+        super().maintain_heartbeats(job)
+        self.heartbeat()
+
+    def handle_job_failure(
+        self, job: Job, queue: Queue, started_job_registry: Any = None, exc_string: str = ""
+    ) -> None:
+        """Do RQ's bookkeeping of a failure, and have the failure judged also where RQ asks nobody.
+
+        RQ asks its exception handlers in the child, about what was raised there. A child that was killed (by the
+        kernel for its memory, or by us for hanging) is seen by the parent, which would fail its job in silence.
+        """
+        if not self.is_horse:
+            if self._stopped_job_id == job.id:
+                job.retries_left = 0
+            for judge in self._exc_handlers:
+                judge(job, AbandonedJobError, AbandonedJobError(exc_string.strip(" ;")), None)
+        super().handle_job_failure(job, queue, started_job_registry, exc_string)
+
     def main_work_horse(self, job: Job, queue: Queue) -> None:
         """Run the job in the child that was forked for it; does not return."""
-        parent = os.getppid()
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
+        if os.getppid() != self.pid:
+            # The parent died before prctl took effect.
             os._exit(1)
         super().main_work_horse(job, queue)
 
@@ -83,7 +115,8 @@ class BackupWorker(Worker):
 class FailurePolicy:
     """RQ's exception handler: says whether a failed job runs again, and tells `on_last` of the one that does not.
 
-    Passing: the worker was killed, or an error whose class says `retryable`. Everything else would only fail again.
+    Passing: the worker was killed, Redis was away, or an error whose class says `retryable`. Everything else would
+    only fail again.
     """
 
     def __init__(self, on_last: Failure) -> None:
@@ -93,10 +126,7 @@ class FailurePolicy:
         self, job: Job, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> bool:
         """Decide; always returns True, so that RQ goes on with its own bookkeeping."""
-        passing = issubclass(kind, AbandonedJobError) or (
-            isinstance(error, AgentBackupError) and error.retryable
-        )
-        if not passing:
+        if not _is_passing(error):
             job.retries_left = 0
         if job.retries_left:
             log.warning("job %s failed and runs again: %s", job.id, error)
@@ -104,6 +134,12 @@ class FailurePolicy:
             log.error("job %s failed: %s: %s", job.id, kind.__name__, error)
             self.on_last(job, error)
         return True
+
+
+def _is_passing(error: BaseException) -> bool:
+    if isinstance(error, redis.exceptions.RedisError):
+        error = connection.translate(error) or error
+    return isinstance(error, AbandonedJobError) or (isinstance(error, AgentBackupError) and error.retryable)
 
 
 def make_worker(
@@ -120,9 +156,4 @@ def make_worker(
         maintenance_interval=MAINTENANCE_S,
         worker_ttl=60,
         log_job_description=False,
-        work_horse_killed_handler=_log_killed_child,
     )
-
-
-def _log_killed_child(job: Job, pid: int, status: int, _usage: Any) -> None:
-    log.warning("the child %d that ran job %s was killed (wait status %d)", pid, job.id, status)

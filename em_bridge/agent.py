@@ -24,7 +24,8 @@ from em_bridge.events import Message
 from em_bridge.inbox import Inbox
 from em_bridge.messages import append_batch, check_message
 from em_bridge.outbox import DEFAULT_LIMIT_BYTES, KEEP_S, Outbox, Outgoing
-from em_bridge.pulse import Pulse, Reach
+from em_bridge.pulse import Pulse
+from em_bridge.reach import Reach
 
 log = logging.getLogger(__name__)
 

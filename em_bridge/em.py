@@ -22,7 +22,8 @@ from em_bridge.connection import connect, translate, translate_errors
 from em_bridge.errors import AgentBackupError, LeaseLost, RedisRefused
 from em_bridge.lease import Lease, new_holder, process_is_gone
 from em_bridge.monitor import TICK_S, Monitor
-from em_bridge.pulse import Pulse, Reach
+from em_bridge.pulse import Pulse
+from em_bridge.reach import Reach
 from em_bridge.router import Router
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ PAUSE_S: Final = 0.5
 TRIM_S: Final = 60.0
 RETENTION_S: Final = 7 * 24 * 3600.0
 HEARTBEAT_RETENTION_S: Final = 3600.0
+INBOX_RETENTION_S: Final = 3600.0
+"""What an agent has acknowledged; the log keeps it for a replay."""
 DEAD_LETTER_RETENTION_S: Final = 30 * 24 * 3600.0
 
 
@@ -205,7 +208,7 @@ class ExecutionManager:
         streams.trim(client, streams.HEARTBEATS, older_than_s=HEARTBEAT_RETENTION_S)
         streams.trim(client, streams.DEAD_LETTER, older_than_s=DEAD_LETTER_RETENTION_S)
         for key in client.scan_iter(match=streams.inbox("*"), count=1000, _type="stream"):
-            streams.trim(client, key.decode(), older_than_s=self._retention_s)
+            streams.trim(client, key.decode(), older_than_s=min(INBOX_RETENTION_S, self._retention_s))
 
     def _away(self, error: Exception) -> None:
         refused = translate(error, self._client)

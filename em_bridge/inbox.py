@@ -22,7 +22,7 @@ from em_bridge.connection import MAX_BLOCK_S
 from em_bridge.errors import InvalidEvent
 from em_bridge.events import Message, decode, encode
 from em_bridge.outbox import Outbox
-from em_bridge.pulse import Reach
+from em_bridge.reach import Reach
 from em_bridge.streams import INBOX_GROUP, Fields
 
 log = logging.getLogger(__name__)

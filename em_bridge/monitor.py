@@ -35,6 +35,7 @@ REFRESH_S: Final = 1.0
 """How often the fleet's limits are read, and the records of those that beat are written."""
 CLOCK_STEP_S: Final = 1.0
 """How far the server's clock and ours may disagree about the time between two steps."""
+SAME_REASON_S: Final = 60.0
 BATCH: Final = 1000
 _MARKER_MS: Final = 3600 * 1000
 
@@ -79,6 +80,7 @@ class Monitor:
         self._last_step: tuple[float, float] | None = None
         self._waiting: list[_Outgoing] = []
         self._beaten: set[str] = set()
+        self._buried: dict[str, float] = {}
 
     def _limit(self, agent: str) -> float:
         return self._limits.get(agent, math.inf if self._has_fleet else DEFAULT_DEAD_AFTER_S)
@@ -150,7 +152,7 @@ class Monitor:
                 beat = decode(fields, stream=HEARTBEATS)
                 assert isinstance(beat, Heartbeat)
             except InvalidEvent as problem:
-                log.warning("heartbeat %s is ignored: %s", entry, problem.message)
+                self._bury(entry, problem.message, fields, now)
                 continue
             if beat.agent == self._me:
                 continue
@@ -164,6 +166,16 @@ class Monitor:
                 self._beaten.add(beat.agent)
         if newcomers:
             self._client.sadd(SEEN, *newcomers)
+
+    def _bury(self, entry: str, reason: str, fields: streams.Fields, now: float) -> None:
+        """Make a dead letter of an invalid heartbeat: of those with one reason, one in `SAME_REASON_S`."""
+        recent = {why: at for why, at in self._buried.items() if 0 <= now - at < SAME_REASON_S}
+        if reason not in recent:
+            # A broken agent beats every second: one letter says as much as sixty.
+            log.warning("heartbeat %s is a dead letter: %s", entry, reason)
+            streams.append(self._client, streams.dead_letter(HEARTBEATS, entry, reason, fields, now))
+            recent[reason] = now
+        self._buried = recent
 
     def _notice_gap(self, now: float) -> None:
         """Give everyone a fresh limit when nobody watched, or when the server's clock was set.

@@ -17,35 +17,13 @@ from typing import Any, Final, Self, cast
 import redis
 
 from em_bridge import streams
-from em_bridge.connection import translate
 from em_bridge.errors import AgentBackupError
 from em_bridge.events import Heartbeat, encode
+from em_bridge.reach import Reach
 
 log = logging.getLogger(__name__)
 
 OK: Final = "ok"
-
-
-class Reach:
-    """Says once, in the log, that Redis went away, and once that it is back."""
-
-    def __init__(self, what: str, meanwhile: str = "") -> None:
-        self._what = what
-        self._meanwhile = meanwhile
-        self.away = False
-
-    def lost(self, error: Exception, client: redis.Redis) -> None:
-        """Note an error; only the first of a row is logged."""
-        if not self.away:
-            reason = translate(error, client) or error
-            log.warning("%s: %s%s", self._what, reason, f"; {self._meanwhile}" if self._meanwhile else "")
-        self.away = True
-
-    def back(self) -> None:
-        """Note a success."""
-        if self.away:
-            log.info("%s: redis is back", self._what)
-        self.away = False
 
 
 class Pulse:

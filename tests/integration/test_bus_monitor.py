@@ -169,9 +169,11 @@ def test_a_deposed_monitor_publishes_nothing(valkey: ValkeyServer) -> None:
 def test_an_invalid_heartbeat_does_not_stop_the_monitor(valkey: ValkeyServer, em: ExecutionManager) -> None:
     client = valkey.client()
     client.xadd(streams.HEARTBEATS, {b"type": b"heartbeat", b"body": b"\xc1"})
-    client.xadd(streams.HEARTBEATS, {b"nonsense": b"\xff"})
+    for _ in range(5):
+        client.xadd(streams.HEARTBEATS, {b"nonsense": b"\xff"})
     with Pulse(client, "z", interval_s=0.1):
         eventually(lambda: changes(client) == ["z ALIVE"])
+    assert client.xlen(streams.DEAD_LETTER) == 2, "one for each reason, not one for each beat"
 
 
 def test_a_status_other_than_ok_degrades(valkey: ValkeyServer, em: ExecutionManager, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backup_worker.snapshots.disk import Tree
-from backup_worker.snapshots.errors import printable
+from backup_worker.snapshots.errors import printable, translated
 from backup_worker.snapshots.manifest import Entry
 from backup_worker.snapshots.repository import Repository
 
@@ -79,6 +79,7 @@ class Difference:
         return out | {"outside": [printable(p) for p in self.outside]}
 
 
+@translated("comparing")
 def diff(repo: Repository, old_id: str, new_id: str) -> Difference:
     """Compare two snapshots. Raises NotFound, or SnapshotError for a broken manifest.
 

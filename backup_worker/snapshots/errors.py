@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 
 from em_bridge.errors import AgentBackupError
 
@@ -32,6 +34,15 @@ def from_os_error(doing: str, error: OSError) -> SnapshotError:
     where = f": “{printable(os.fsdecode(error.filename))}”" if isinstance(error.filename, str | bytes) else ""
     what = (error.strerror or str(error)).lower()
     return kind(f"{doing} failed: {what}{where}", hint=_HINTS.get(error.errno or 0))
+
+
+@contextlib.contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Raise what the system refuses meanwhile as `SnapshotError`; a context manager, and a decorator."""
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(doing, error) from error
 
 
 def printable(path: str) -> str:

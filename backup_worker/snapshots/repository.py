@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from backup_worker.snapshots import disk
 from backup_worker.snapshots.disk import Tree
-from backup_worker.snapshots.errors import SnapshotError, from_os_error, printable
+from backup_worker.snapshots.errors import SnapshotError, from_os_error, printable, translated
 from backup_worker.snapshots.manifest import (
     FILES,
     MANIFEST,
@@ -122,11 +122,13 @@ class Repository:
 
     # -- notes: pins, dates of verification, damage, failures ---------------------------------------------------------
 
+    @translated("pinning")
     def pin(self, identifier: str) -> None:
         """Hold a snapshot: retention never deletes it. Raises NotFound."""
         self.get(identifier)
         self._note("pins", identifier, None)
 
+    @translated("unpinning")
     def unpin(self, identifier: str) -> bool:
         """Let go of a snapshot; tell whether it was held. Raises NotFound."""
         self.get(identifier)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from backup_worker.snapshots.errors import translated
 from backup_worker.snapshots.manifest import Head
 from backup_worker.snapshots.repository import Repository
 from em_bridge.errors import NotFound
@@ -85,6 +86,7 @@ def plan_retention(
     return RetentionPlan(tuple(keep), tuple(delete))
 
 
+@translated("planning retention")
 def plan_prune(
     repo: Repository,
     policies: Mapping[str, Policy],
@@ -146,6 +148,7 @@ def _why_delete(head: Head, policy: Policy) -> str:
     return f"{_state(head)}, and old"
 
 
+@translated("pruning")
 def prune(repo: Repository, plan: RetentionPlan) -> list[str]:
     """Delete what `plan` says and return the ids deleted.
 

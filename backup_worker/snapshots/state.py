@@ -16,7 +16,7 @@ from pathlib import Path
 
 from backup_worker.snapshots import disk
 from backup_worker.snapshots.disk import Tree
-from backup_worker.snapshots.errors import SnapshotError, printable
+from backup_worker.snapshots.errors import SnapshotError, printable, translated
 from backup_worker.snapshots.manifest import Entry, Head, Manifest
 from backup_worker.snapshots.repository import Repository
 from backup_worker.snapshots.scope import AgentFiles, Scope
@@ -96,6 +96,7 @@ class Changes:
     lost: tuple[str, ...] = ()
 
 
+@translated("planning the restore")
 def plan_restore(
     repo: Repository,
     agent: AgentFiles,

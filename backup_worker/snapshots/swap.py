@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from backup_worker.snapshots import disk
 from backup_worker.snapshots.disk import Tree
-from backup_worker.snapshots.errors import SnapshotError
+from backup_worker.snapshots.errors import SnapshotError, translated
 from backup_worker.snapshots.scope import WORKSHOP
 
 Outcome = Literal["finished", "undone"]
@@ -99,6 +99,7 @@ def is_pending(workshop: Workshop) -> bool:
     return (workshop.path / _JOURNAL).exists()
 
 
+@translated("finishing a restore")
 def finish_interrupted(target: Path) -> Outcome | None:
     """Finish or undo what a killed restore left at `target`; None if there was nothing.
 
@@ -143,7 +144,7 @@ def _swap_beside(workshop: Workshop) -> None:
             raise CannotExchange from error
         raise
     disk.sync_folder(workshop.target.parent)
-    # The restore is done. If the old tree cannot be removed now, the journal lets the next restore do it.
+    # The restore is done. If the old tree cannot be removed now, the next restore does it.
     with contextlib.suppress(OSError):
         _settle(workshop)
 
@@ -168,15 +169,13 @@ def _settle(workshop: Workshop) -> Outcome | None:
     if journal.exists():
         document = json.loads(journal.read_bytes())
         outcome = _move_inside(workshop, document) if workshop.inside else _settle_beside(workshop, document)
-        if outcome == "undone":
-            # The journal goes first: without it, what is left is only a copy.
-            os.unlink(journal)
+        # The journal goes first: nothing that it speaks of is left to be done, and without it, what lies here is only
+        # a copy. Emptying the workshop first would make it lie: a name missing there would look like one not yet moved.
+        os.unlink(journal)
+        disk.sync_folder(workshop.path)
     with Tree(workshop.path) as tree:
         for name in os.listdir(tree.fd):
-            if name != _JOURNAL:
-                tree.remove(name)
-        # Last, so that a crash before this line comes here again.
-        tree.remove(_JOURNAL)
+            tree.remove(name)
     return outcome
 
 

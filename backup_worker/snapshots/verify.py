@@ -14,11 +14,12 @@ from collections.abc import Iterable, Iterator
 
 from backup_worker.snapshots import disk
 from backup_worker.snapshots.disk import ReadError, Tree
-from backup_worker.snapshots.errors import SnapshotError
+from backup_worker.snapshots.errors import SnapshotError, translated
 from backup_worker.snapshots.manifest import CHECKSUMS, FILES, MANIFEST, Entry, Manifest, Problem, checksums
 from backup_worker.snapshots.repository import Repository
 
 
+@translated("verifying")
 def verify_snapshot(repo: Repository, identifier: str, now: float) -> list[Problem]:
     """Re-read the snapshot `identifier` and return what is wrong with it; empty means proven.
 

@@ -1,0 +1,39 @@
+"""One operation of the snapshot engine in a process of its own, to be killed or starved: `act.py OPERATION BASE`.
+
+Exit code 0: done; 3: it failed with an error of ours, as it should; anything else is a fault.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from backup_worker.snapshots import Policy, execute, finish_interrupted, plan_prune, plan_restore, prune, swap
+from em_bridge.errors import AgentBackupError
+from tests.agent_on_disk import NOON, Place
+
+POLICIES = {"daily": Policy(2)}
+
+
+def act(operation: str, place: Place) -> None:
+    """Do it."""
+    if operation == "backup":
+        place.take(slot="new", now=NOON + 100, unchanged="link", on_taken="return")
+    elif operation == "prune":
+        prune(place.repo, plan_prune(place.repo, POLICIES, now=NOON + 100))
+    elif operation in ("restore", "restore-inside"):
+        if operation == "restore-inside":
+            swap.choose = swap.inside
+        finish_interrupted(place.root)
+        plan = plan_restore(place.repo, place.agent)
+        execute(plan, place.root, evidence=place.base / "evidence" / "tree", now=NOON + 100)
+    else:
+        raise SystemExit(f"no such operation: {operation}")
+
+
+if __name__ == "__main__":
+    try:
+        act(sys.argv[1], Place(Path(sys.argv[2])))
+    except AgentBackupError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        sys.exit(3)

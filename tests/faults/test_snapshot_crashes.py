@@ -1,0 +1,314 @@
+"""Backup, restore and prune, killed or starved at their file-system calls: the promises hold at every one of them.
+
+`strace` counts the calls of a run and then strikes at one of them: SIGKILL, a full disk, an input/output error. A
+sample is taken by default; `FAULTS=all` strikes at every call.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from backup_worker.snapshots import finish_interrupted, verify_snapshot
+from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves
+from tests.faults.act import act
+
+CALLS = (
+    "mkdir", "mkdirat", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "link", "linkat", "symlink",
+    "symlinkat", "write", "pwrite64", "ftruncate", "fsync", "fdatasync", "syncfs", "chmod", "fchmod", "fchmodat",
+    "chown", "fchownat", "utimensat", "flock",
+)  # fmt: skip
+"""Every call by which the engine changes a disk; between two of them nothing changes."""
+
+SAMPLE = 12
+OPERATIONS = ("backup", "restore", "restore-inside", "prune")
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed"),
+    pytest.mark.timeout(1200),
+]
+
+
+def strace(operation: str, base: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["strace", "-f", "-qq", "-e", "signal=none", *options]
+    command += [sys.executable, "-m", "tests.faults.act", operation, str(base)]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def prepare(base: Path) -> Place:
+    """Make a place with four snapshots, and a tree that has changed since and holds excluded files."""
+    place = Place(base).fill()
+    for number in range(4):
+        place.write("memory/notes.md", f"memory number {number}\n" * 30)
+        place.take(slot=f"s{number}", now=NOON + number, unchanged="link")
+    place.write("SOUL.md", "I have changed, but not beyond recognition.\n")
+    place.write("memory/since.md", "made since the last backup\n" * 20)
+    place.write("venv/bin/tool", "not backed up")
+    (place.root / "skills" / "greet.py").unlink()
+    return place
+
+
+def count_calls(operation: str, base: Path) -> dict[str, int]:
+    """Return how often each call happens in a run of `operation`."""
+    trace = base.parent / f"{base.name}.trace"
+    done = strace(operation, base, "-o", str(trace), "-e", f"trace={','.join(CALLS)}")
+    assert done.returncode == 0, done.stderr
+    names = re.findall(r"^\d+ +(\w+)\(", trace.read_text(), re.MULTILINE)
+    return {name: names.count(name) for name in set(names)}
+
+
+def points_of(operation: str, counts: dict[str, int], sample: int) -> list[tuple[str, int]]:
+    every = [(name, index) for name, count in sorted(counts.items()) for index in range(1, count + 1)]
+    if os.environ.get("FAULTS") == "all":
+        return every
+    # Renames decide; they are always struck at.
+    decisive = [point for point in every if point[0].startswith("rename")]
+    chosen = random.Random(operation).sample(every, min(sample, len(every)))
+    return sorted({*chosen, *decisive[-3:]})
+
+
+def strike_everywhere(
+    operation: str,
+    tmp_path: Path,
+    inject: str,
+    judge: Callable[[Place, int, str], None],
+    sample: int = SAMPLE,
+) -> None:
+    template = prepare(tmp_path / "template").base
+    shutil.copytree(template, tmp_path / "counted", symlinks=True)
+    points = points_of(operation, count_calls(operation, tmp_path / "counted"), sample)
+
+    def strike(point: tuple[str, int]) -> bool:
+        name, index = point
+        base = tmp_path / f"{name}-{index}"
+        subprocess.run(["cp", "-a", str(template), str(base)], check=True)
+        done = strace(
+            operation,
+            base,
+            "-o",
+            "/dev/null",
+            "-e",
+            f"trace={name}",
+            "-e",
+            f"inject={name}:{inject}:when={index}",
+        )
+        try:
+            judge(Place(base), done.returncode, done.stderr)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{operation}, {inject} at {name} number {index}: {error}\n{done.stderr}"
+            ) from error
+        shutil.rmtree(base)
+        return done.returncode != 0
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        felt = sum(pool.map(strike, points))
+    print(f"{operation}: {inject} at {len(points)} points, {felt} of them felt")
+    # Without this, a strike that never lands would pass as a promise kept.
+    assert felt >= len(points) * (0.9 if "KILL" in inject else 0.25)
+
+
+def only_whole_snapshots(place: Place) -> None:
+    repo = place.repo
+    assert repo.unreadable() == []
+    for head in repo.snapshots():
+        assert verify_snapshot(repo, head.id, NOON) == [], head.id
+        assert coreutils_proves(repo.path(head.id)), head.id
+
+
+def nothing_left_over(place: Place) -> None:
+    for name in ("staging", "trash"):
+        assert os.listdir(place.repo.hidden / name) == []
+    assert sorted(os.listdir(place.root.parent)) == ["z"]
+    if (place.base / "evidence").is_dir():
+        assert not [name for name in os.listdir(place.base / "evidence") if name.startswith(".")]
+
+
+# -- killed --------------------------------------------------------------------------------------------------
+
+
+def after_a_killed_backup(place: Place, code: int, said: str) -> None:
+    assert code in (0, -9, 137), said
+    only_whole_snapshots(place)
+    slots = [head.slot for head in place.repo.snapshots()]
+    assert slots[:4] == ["s0", "s1", "s2", "s3"]
+    assert slots[4:] in ([], ["new"])
+    act("backup", place)
+    assert [head.slot for head in place.repo.snapshots()][4:] == ["new"]
+    only_whole_snapshots(place)
+    nothing_left_over(place)
+
+
+def restored_content(place: Place) -> dict[str, str | bytes]:
+    """Return what the tree holds after a restore of the newest snapshot in `prepare`."""
+    return content_of(place.repo.path("daily/s3/z") / "files") | {
+        "venv": "/", "venv/bin": "/", "venv/bin/tool": b"not backed up",
+    }  # fmt: skip
+
+
+def after_a_killed_restore(place: Place, code: int, said: str, *, inside: bool = False) -> None:
+    assert code in (0, -9, 137), said
+    old = content_of(prepare(place.base / "again").root)
+    new = restored_content(place)
+    if inside:
+        finish_interrupted(place.root)
+    found = content_of(place.root)
+    assert found in (old, new), "neither the old nor the new tree"
+    if found == new:
+        kept = content_of(place.base / "evidence" / "tree")
+        assert kept == {path: text for path, text in old.items() if not path.startswith("venv")}
+    act("restore-inside" if inside else "restore", place)
+    assert content_of(place.root) == new
+    assert (place.root / "venv/bin/tool").stat().st_nlink == 1
+    only_whole_snapshots(place)
+    nothing_left_over_after_restore(place)
+
+
+def nothing_left_over_after_restore(place: Place) -> None:
+    assert sorted(os.listdir(place.root.parent)) == ["z"]
+    assert not [name for name in os.listdir(place.root) if name.startswith(".agent-backup")]
+
+
+def after_a_killed_prune(place: Place, code: int, said: str) -> None:
+    assert code in (0, -9, 137), said
+    only_whole_snapshots(place)
+    slots = [head.slot for head in place.repo.snapshots()]
+    assert slots[-2:] == ["s2", "s3"]
+    act("prune", place)
+    assert [head.slot for head in place.repo.snapshots()] == ["s2", "s3"]
+    only_whole_snapshots(place)
+    place.repo.sweep()
+    nothing_left_over(place)
+
+
+def test_a_backup_killed_anywhere_leaves_only_whole_snapshots(tmp_path: Path) -> None:
+    strike_everywhere("backup", tmp_path, "signal=SIGKILL", after_a_killed_backup)
+
+
+def test_a_restore_killed_anywhere_leaves_the_old_or_the_new_tree(tmp_path: Path) -> None:
+    strike_everywhere("restore", tmp_path, "signal=SIGKILL", after_a_killed_restore)
+
+
+def test_a_restore_inside_a_mount_point_killed_anywhere_can_be_finished(tmp_path: Path) -> None:
+    def judge(place: Place, code: int, said: str) -> None:
+        after_a_killed_restore(place, code, said, inside=True)
+
+    strike_everywhere("restore-inside", tmp_path, "signal=SIGKILL", judge)
+
+
+def test_a_prune_killed_anywhere_deletes_whole_snapshots_or_none(tmp_path: Path) -> None:
+    strike_everywhere("prune", tmp_path, "signal=SIGKILL", after_a_killed_prune)
+
+
+# -- starved -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_failing_disk_leaves_nothing_half(tmp_path: Path, operation: str, error: str) -> None:
+    def judge(place: Place, code: int, said: str) -> None:
+        assert code in (0, 3), said
+        assert "Traceback" not in said
+        only_whole_snapshots(place)
+        slots = [head.slot for head in place.repo.snapshots()]
+        if operation != "prune":
+            assert slots[:4] == ["s0", "s1", "s2", "s3"]
+        if operation.startswith("restore"):
+            finish_interrupted(place.root)
+            old = content_of(prepare(place.base / "again").root)
+            assert content_of(place.root) in (old, restored_content(place))
+        act(operation, place)
+        only_whole_snapshots(place)
+        if operation.startswith("restore"):
+            assert content_of(place.root) == restored_content(place)
+
+    strike_everywhere(operation, tmp_path, f"error={error}", judge, sample=4)
+
+
+# -- really full ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", str(mount)], check=False
+    )
+    if done.returncode != 0:
+        pytest.skip("this machine does not let us mount")
+    return mount
+
+
+def test_a_really_full_disk_leaves_the_earlier_snapshots_and_can_be_pruned(small_disk: Path) -> None:
+    from backup_worker.snapshots import NoSpace, Repository, take_snapshot
+
+    place = Place(small_disk.parent).fill()
+    repo = Repository(small_disk / "repo")
+
+    def take(number: int) -> None:
+        place.write("memory/big.bin", os.urandom(300_000))
+        take_snapshot(
+            repo, place.agent, tier="daily", slot=f"s{number}", include=["*"], unchanged="link", now=NOON + number,
+            reason="test",
+        )  # fmt: skip
+
+    try:
+        number = 0
+        with pytest.raises(NoSpace):
+            for number in range(20):
+                take(number)
+        whole = [head.slot for head in repo.snapshots()]
+        assert whole == [f"s{n}" for n in range(number)]
+        assert len(whole) > 3
+        assert all(verify_snapshot(repo, head.id, NOON) == [] for head in repo.snapshots())
+        assert os.listdir(repo.hidden / "staging") == []
+        filler = small_disk / "filler"
+        with pytest.raises(OSError, match="space"), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        from backup_worker.snapshots import Policy, plan_prune, prune
+
+        deleted = prune(repo, plan_prune(repo, {"daily": Policy(2)}, now=NOON + 99))
+        assert len(deleted) == number - 2
+        filler.unlink()
+        take(50)
+    finally:
+        subprocess.run(["umount", str(small_disk)], check=True)
+
+
+def test_a_real_mount_point_as_root_is_restored_inside(small_disk: Path) -> None:
+    from backup_worker.snapshots import AgentFiles, Repository, execute, plan_restore, take_snapshot
+
+    try:
+        (small_disk / "memory").mkdir()
+        (small_disk / "memory" / "a.txt").write_text("first")
+        (small_disk / "SOUL.md").write_text("me")
+        agent = AgentFiles("z", small_disk, {}, (), ())
+        repo = Repository(small_disk.parent / "repo")
+        take_snapshot(
+            repo, agent, tier="daily", slot="s", include=["*"], unchanged="copy", now=NOON, reason="test"
+        )
+        before = content_of(small_disk)
+        (small_disk / "SOUL.md").write_text("poisoned")
+        (small_disk / "memory" / "b.txt").write_text("new")
+        result = execute(
+            plan_restore(repo, agent), small_disk, evidence=small_disk.parent / "evidence", now=NOON
+        )
+        assert content_of(small_disk) == before
+        assert result.evidence is not None
+        assert content_of(result.evidence)["SOUL.md"] == b"poisoned"
+    finally:
+        subprocess.run(["umount", str(small_disk)], check=True)

@@ -1,0 +1,182 @@
+"""The commands about snapshots, as a person or a script uses them: output, exit codes, and the record."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backup_worker.cli import main
+from tests.agent_on_disk import CLASSES, EXCLUDE, Place, content_of
+
+
+class Shell:
+    """`backup-worker` with a configuration of two agents."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.z, self.jay = Place(base).fill(), Place(base, "jay").fill()
+        self.config = base / "config"
+        self.config.mkdir()
+        tiers = {
+            "daily": {"cron": "0 7 * * *", "include": ["weights", "memory"], "slot": "%Y-%m-%d", "keep": 2},
+            "weekly": {
+                "cron": "0 23 * * 0",
+                "include": ["*"],
+                "slot": "%G-W%V",
+                "keep": 2,
+                "unchanged": "copy",
+            },
+        }
+        schedule = {
+            "timezone": "Europe/Oslo",
+            "repository": "../repo",
+            "history": "../history.jsonl",
+            "tiers": tiers,
+        }
+        (self.config / "backup_schedule.json").write_text(
+            json.dumps(schedule | {"limits": {"reserve_bytes": 0}})
+        )
+        agent = {"files": CLASSES, "required": ["SOUL.md"], "exclude": list(EXCLUDE)}
+        agents = {name: agent | {"root": f"../agents/{name}"} for name in ("z", "jay")}
+        (self.config / "agents.json").write_text(json.dumps({"agents": agents}))
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        """Run one command in this process: exit code, stdout and stderr are those of the program."""
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", ["backup-worker", *words, "--config", str(self.config)])
+            with pytest.raises(SystemExit) as ended:
+                main()
+        code = ended.value.code
+        return code if isinstance(code, int) else 0, out.getvalue(), err.getvalue()
+
+    def json(self, *words: str, code: int = 0) -> Any:
+        got, out, err = self.run(*words, "--json")
+        assert got == code, err
+        return json.loads(out)
+
+    def recorded(self) -> list[str]:
+        return [json.loads(line)["kind"] for line in (self.base / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+def test_a_day_with_the_commands(shell: Shell) -> None:
+    made = shell.json("backup", "--tier", "weekly")
+    assert [row["agent"] for row in made["snapshots"]] == ["z", "jay"]
+    assert made["failed"] == []
+    daily = shell.json("backup", "z", "--tier", "daily")["snapshots"][0]["id"]
+    shell.z.write("weights.json", '{"speed": 0.75, "care": {"depth": 3}}')
+    second = shell.json("backup", "z", "--tier", "daily")["snapshots"][0]["id"]
+    assert second == f"{daily}-2".replace("/z-2", "-2/z")
+
+    rows = shell.json("list", "--agent", "z", "--tier", "daily")
+    assert [row["id"] for row in rows] == [daily, second]
+    assert set(rows[0]) == {
+        "id", "agent", "tier", "slot", "created_at", "status", "approved", "files", "bytes", "verified_at", "pinned",
+    }  # fmt: skip
+    (change,) = shell.json("diff", daily, second)["changed"]
+    assert change["keys"] == [{"key": "speed", "kind": "changed", "old": 0.5, "new": 0.75, "delta": 0.25}]
+    assert shell.json("show", second)["entries"]
+    assert len(shell.json("verify")["ok"]) == 4
+
+    good = content_of(shell.z.root)
+    shell.z.write("SOUL.md", "poisoned")
+    (dry,) = shell.json("restore", "z", "--dry-run")
+    assert (dry["changed"], dry["lost"]) == (["SOUL.md"], ["SOUL.md"])
+    (done,) = shell.json("restore", "z")
+    assert set(done) == {"agent", "from", "to", "files", "bytes", "evidence", "ok"}
+    assert content_of(shell.z.root) == good
+    assert (Path(done["evidence"]) / "SOUL.md").read_text() == "poisoned"
+    assert len(shell.json("restore", "z", "jay", "--to", str(shell.base / "out"))) == 2
+    assert content_of(shell.base / "out" / "z") == good
+
+    assert shell.json("pin", daily) == {"id": daily, "pinned": True}
+    shell.json("backup", "z", "--tier", "daily")
+    shell.json("backup", "z", "--tier", "daily")
+    plan = shell.json("prune", "--dry-run")
+    assert [decision["id"] for decision in plan["delete"]] == [second]
+    assert shell.json("prune") == plan
+    assert second not in [row["id"] for row in shell.json("list")]
+    assert shell.json("unpin", daily) == {"id": daily, "pinned": False}
+    kinds = ["backup"] * 4 + ["verify"] * 4 + ["restore"] * 3 + ["pin"] + ["backup"] * 2 + ["prune", "unpin"]
+    assert shell.recorded() == kinds
+
+
+def test_a_fault_is_exit_code_1_and_said_on_stderr(shell: Shell) -> None:
+    shell.json("backup", "--tier", "weekly")
+    shell.z.write("SOUL.md", "")
+    assert shell.json("backup", "z", "--tier", "weekly", code=1)["snapshots"][0]["status"] == "suspect"
+    shell.jay.root.rename(shell.base / "away")
+    code, out, err = shell.run("backup", "--tier", "weekly", "--json")
+    assert code == 1
+    assert json.loads(out)["failed"][0]["agent"] == "jay"
+    assert err.startswith("error: the root")
+    identifier = shell.json("list", "--agent", "jay")[0]["id"]
+    shell.jay.stored(identifier, "SOUL.md").write_text("rotten")
+    bad = shell.json("verify", identifier, code=1)["bad"]
+    assert [(row["id"], row["path"]) for row in bad] == [(identifier, "SOUL.md")]
+    assert shell.run("restore", "jay")[0] == 4, "its only snapshot is damaged"
+
+
+def test_a_living_agent_is_never_overwritten(shell: Shell) -> None:
+    shell.json("backup", "--tier", "weekly")
+    shell.z.write("SOUL.md", "living")
+    environment = {"AGENT_ID": "z", "AGENT_ROOT": str(shell.z.root)}
+    alive = subprocess.Popen(["/bin/sleep", "60"], env=environment, cwd=shell.z.root)
+    try:
+        code, _, err = shell.run("restore", "z")
+        assert code == 1
+        assert f"pid {alive.pid}" in err
+        assert (shell.z.root / "SOUL.md").read_text() == "living"
+        assert shell.run("restore", "z", "--to", str(shell.base / "out"))[0] == 0
+    finally:
+        alive.kill()
+        alive.wait()
+    assert shell.run("restore", "z")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("backup nobody --tier daily", 4),
+        ("backup --tier nothing", 4),
+        ("backup", 2),
+        ("list --agent nobody", 4),
+        ("list --tier nothing", 4),
+        ("show daily/../z", 4),
+        ("diff a/b/c a/b/d", 4),
+        ("verify daily/x/z", 4),
+        ("restore nobody", 4),
+        ("restore z", 4),
+        ("restore z --as-of yesterday-ish", 2),
+        ("restore z jay --from weekly/w/z", 2),
+        ("restore z --from weekly/w/z --as-of 2026-01-01", 2),
+        ("pin ../../etc", 4),
+        ("unpin weekly/w/z", 4),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_the_right_exit_code(shell: Shell, words: str, code: int) -> None:
+    got, out, err = shell.run(*words.split())
+    assert got == code, err
+    assert out == ""
+    assert err
+
+
+def test_names_that_are_not_utf8_can_be_printed(shell: Shell) -> None:
+    (Path(str(shell.z.root)) / "memory" / "\udcff\n.md").write_text("odd")
+    made = shell.json("backup", "z", "--tier", "weekly")["snapshots"][0]["id"]
+    assert "memory/\\xff\\n.md" in [entry["path"] for entry in shell.json("show", made)["entries"]]
+    assert shell.run("show", made)[0] == 0
+    (shell.z.root / "memory" / "\udcff\n.md").unlink()
+    assert shell.json("restore", "z", "--dry-run")[0]["added"] == ["memory/\\xff\\n.md"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from backup_worker.history import History
     from backup_worker.snapshots import Head, Manifest, Repository
 
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A snapshot: <tier>/<slot>/<agent>.")]
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A snapshot, such as daily/2026-11-23/z.")]
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -74,7 +74,7 @@ def restore(
     else:
         for plan, target in jobs:
             _check(settings, plan, target, in_place=to is None)
-        results = [_carry_out(settings, history, plan, target, in_place=to is None) for plan, target in jobs]
+        results = [_locked(settings, history, plan, target, in_place=to is None) for plan, target in jobs]
     emit(results, as_json=as_json, render=_print)
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)
@@ -122,6 +122,25 @@ def _check(config: Config, plan: RestorePlan, target: Path, *, in_place: bool) -
             f"“{name}” is running (pid {first.pid}: {first.command}); a living agent is never overwritten",
             hint=f"stop it first, or let `backup-worker recover {name}` do it all, or restore elsewhere with --to DIR",
         )
+
+
+def _locked(
+    config: Config, history: History, plan: RestorePlan, target: Path, *, in_place: bool
+) -> dict[str, Any]:
+    """Carry out while no recovery can start the agent; it may have been started since the first look."""
+    from backup_worker.recovery.locks import acting_on
+
+    if not in_place:
+        return _carry_out(config, history, plan, target, in_place=False)
+    name = plan.agent.name
+    with acting_on(name, config.schedule.state) as held:
+        if not held:
+            raise AgentBackupError(
+                f"a recovery of “{name}” is at work",
+                hint="wait for it: see `backup-worker incidents`; or restore elsewhere with --to DIR",
+            )
+        _check(config, plan, target, in_place=True)
+        return _carry_out(config, history, plan, target, in_place=True)
 
 
 def _carry_out(

@@ -6,10 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from em_bridge import clock, connection
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from backup_worker.recovery.incident import Incident, IncidentStore
+
+COLOURS = {"open": "yellow", "recovered": "green", "escalated": "red"}
+POLL_S = 0.2
+NOBODY_AFTER_S = 5.0
+"""If no step was done for so long, it is said that probably no worker runs."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -23,21 +31,61 @@ def recover(
     config: ConfigOption = DEFAULT_CONFIG,
     redis_url: RedisUrlOption = None,
     reason: Annotated[str, typer.Option("--reason", help="Why, for the record.")] = "by hand",
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow until it is over; exit 1 if one could not be recovered.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Open an incident by hand: stop the agent, restore its newest good state, start it, prove that it lives.
 
-    Example: `backup-worker recover rick --reason "stuck since noon"`
+    Example: `backup-worker recover rick --reason "stuck since noon" --wait`
     """
     from backup_worker.cli._common import open_runtime
+    from backup_worker.recovery.incident import ESCALATED
     from backup_worker.recovery.service import RecoveryService
 
     runtime = open_runtime(config, redis_url)
-    for agent in agents:
+    zone = runtime.config.schedule.timezone
+    names = list(dict.fromkeys(agents))
+    for agent in names:
         runtime.config.agent(agent)
     service = RecoveryService(runtime)
-    opened = [service.open(agent, reason).summary() for agent in agents]
-    emit(opened, as_json=as_json, render=_print_opened)
+    with connection.translate_errors(runtime.redis):
+        opened = [service.open(agent, reason) for agent in names]
+        if wait:
+            opened = _follow(service.store, [one.id for one in opened], zone, quiet=as_json)
+    emit(
+        [one.summary() for one in opened],
+        as_json=as_json,
+        render=lambda rows: _print(rows, zone, with_steps=False) if wait else _print_opened(rows),
+    )
+    if any(one.state == ESCALATED for one in opened):
+        raise typer.Exit(1)
+
+
+def _follow(store: IncidentStore, ids: list[str], zone: str, *, quiet: bool) -> list[Incident]:
+    """Print each step of the incidents as it is done, unless `quiet`, and return them when all are closed."""
+    from backup_worker.cli._common import moment
+
+    shown = dict.fromkeys(ids, 0)
+    silent_until = clock.monotonic() + NOBODY_AFTER_S
+    while True:
+        found = [store.get(one) for one in ids]
+        for incident in found:
+            for step in incident.steps[shown[incident.id] :]:
+                silent_until = float("inf")
+                if not quiet:
+                    mark = "ok" if step.ok else "FAILED"
+                    typer.echo(
+                        f"{moment(step.at, zone)}  {incident.agent:<12} {step.step:<8} {mark:<6} {step.detail}"
+                    )
+            shown[incident.id] = len(incident.steps)
+        if not any(incident.is_open for incident in found):
+            return found
+        if clock.monotonic() > silent_until:
+            silent_until = float("inf")
+            typer.echo("nobody has taken it up yet: do a dispatcher and a worker run?", err=True)
+        clock.sleep(POLL_S)
 
 
 def _print_opened(opened: list[dict[str, Any]]) -> None:
@@ -70,7 +118,7 @@ def incidents(
 
 
 def _print(rows: list[dict[str, Any]], zone: str, *, with_steps: bool) -> None:
-    from backup_worker.cli._common import moment, new_table, show
+    from backup_worker.cli._common import coloured, moment, new_table, show
 
     if not rows:
         typer.echo("no incidents")
@@ -79,8 +127,8 @@ def _print(rows: list[dict[str, Any]], zone: str, *, with_steps: bool) -> None:
     for row in rows:
         took = f"{row['closed_at'] - row['opened_at']:.1f} s" if row["closed_at"] else f"in {row['phase']}"
         table.add_row(
-            row["id"], row["agent"], _coloured(row["state"]), moment(row["opened_at"], zone), took,
-            str(row["attempts"]), row["reason"],
+            row["id"], row["agent"], coloured(row["state"], COLOURS[row["state"]]),
+            moment(row["opened_at"], zone), took, str(row["attempts"]), row["reason"],
         )  # fmt: skip
     show(table)
     if with_steps:
@@ -88,15 +136,10 @@ def _print(rows: list[dict[str, Any]], zone: str, *, with_steps: bool) -> None:
 
 
 def _steps(row: dict[str, Any], zone: str) -> Table:
-    from backup_worker.cli._common import moment, new_table
+    from backup_worker.cli._common import coloured, moment, new_table
 
     table = new_table("steps", "at", "step", "", "detail")
     for step in row["steps"]:
-        mark = "[green]ok[/]" if step["ok"] else "[red]failed[/]"
+        mark = coloured("ok", "green") if step["ok"] else coloured("failed", "red")
         table.add_row(moment(step["at"], zone), step["step"], mark, step["detail"])
     return table
-
-
-def _coloured(state: str) -> str:
-    colour = {"open": "yellow", "recovered": "green", "escalated": "red"}.get(state, "white")
-    return f"[{colour}]{state}[/]"

@@ -7,46 +7,61 @@ is logged, and the page says so. No environment and no URL goes in: they hold pa
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import shutil
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import psutil
 
 from backup_worker.recovery.incident import Incident
+from backup_worker.snapshots import Head
+from em_bridge import streams
 
 log = logging.getLogger(__name__)
 
+PROBLEMS_SHOWN = 3
 
-def write(
-    folder: Path,
-    incident: Incident,
-    *,
-    reason: str,
-    log_lines: list[str],
-    beats: list[tuple[str, str]],
-    repository: Path,
-    now: float,
-) -> Path:
-    """Write the report into `folder` and return its path. `beats` are (entry id, incarnation), the newest last."""
-    facts = {
-        "incident": incident.summary() | {"closed_at": now, "state": "escalated"},
-        "why": reason,
-        "last_heartbeats": [{"entry": entry, "incarnation": name} for entry, name in beats],
-        "last_log_lines": log_lines,
-        "host": host_facts(repository),
-    }
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known when an incident is given up. `beats` are (entry id, incarnation), the newest last.
+
+    `snapshots` are those of the agent, the newest first, or None if the repository could not be read.
+    """
+
+    incident: Incident
+    reason: str
+    now: float
+    zone: str
+    beats: Sequence[tuple[str, str]] = ()
+    log_lines: Sequence[str] = ()
+    snapshots: Sequence[Head] | None = ()
+    running: Sequence[str] = ()
+    repository: Path = Path("/")
+
+    def time(self, at: float) -> str:
+        """Return `at` (Unix seconds) in the schedule's zone, to be read by a human."""
+        return datetime.fromtimestamp(at, ZoneInfo(self.zone)).strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def write(folder: Path, facts: Facts) -> Path:
+    """Write the report into `folder` and return its path."""
+    host = host_facts(facts.repository)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write(folder / "incident.json", json.dumps(facts, indent=2, default=str) + "\n")
-        _write(folder / "log.txt", "\n".join(log_lines) + "\n")
-        _write(folder / "REPORT.md", report(incident, facts, folder, now))
+        _write(folder / "incident.json", json.dumps(as_json(facts, host), indent=2, default=str) + "\n")
+        _write(folder / "log.txt", "\n".join(facts.log_lines) + "\n")
+        _write(folder / "REPORT.md", report(facts, host))
     except OSError as error:
-        log.error("the evidence of %s cannot be written: %s", incident.id, error)
+        log.error("the evidence of %s cannot be written: %s", facts.incident.id, error)
     return folder / "REPORT.md"
 
 
@@ -74,64 +89,143 @@ def host_facts(repository: Path) -> dict[str, Any]:
     }
 
 
-def report(incident: Incident, facts: dict[str, Any], folder: Path, now: float) -> str:
+def as_json(facts: Facts, host: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts for a machine."""
+    incident = facts.incident
+    return {
+        "incident": incident.summary() | {"closed_at": facts.now, "state": "escalated", "phase": None},
+        "why": facts.reason,
+        "tried": list(incident.tried),
+        "running": list(facts.running),
+        "snapshots": None
+        if facts.snapshots is None
+        else [
+            {
+                "id": head.id,
+                "created_at": head.created_at,
+                "status": "damaged" if head.damaged else head.status,
+                "why_not": why_not_used(head, incident),
+            }
+            for head in facts.snapshots
+        ],
+        "last_heartbeats": [
+            {"entry": entry, "at": streams.entry_time(entry), "incarnation": name}
+            for entry, name in facts.beats
+        ],
+        "last_log_lines": list(facts.log_lines),
+        "host": host,
+    }
+
+
+def why_not_used(head: Head, incident: Incident) -> str:
+    """Return why the agent does not live on this snapshot now."""
+    if head.damaged:
+        return "it does not prove any more: its files have changed on the disk"
+    if not head.is_good:
+        found = [f"{problem.path} {problem.problem}" for problem in head.problems]
+        more = f" and {len(found) - PROBLEMS_SHOWN} more" if len(found) > PROBLEMS_SHOWN else ""
+        return "; ".join(found[:PROBLEMS_SHOWN]) + more or "it is not good"
+    if head.id in incident.tried:
+        return "it was restored, and the agent did not live on it"
+    if head.created_at > incident.opened_at:
+        return "it was made after the incident was opened"
+    if not incident.attempts:
+        return "no state was tried; see what was done"
+    return "not tried: it holds the same files as one that was, or the attempts were used up before"
+
+
+def report(facts: Facts, host: dict[str, Any]) -> str:
     """Return the report in Markdown."""
-    agent = incident.agent
-    host = facts["host"]
-    lines = [
-        f"# {agent} could not be recovered",
+    incident = facts.incident
+    return "\n".join(
+        itertools.chain(
+            _summary(facts, host),
+            _section("What was done", (_step(facts, step) for step in incident.steps)),
+            _section("The snapshots, and why it does not live on them", _snapshots(facts)),
+            _section("Last heartbeats", _beats(facts)),
+            _section(
+                "Last log lines", [f"    {line}" for line in facts.log_lines] or ["The agent wrote nothing."]
+            ),
+            _section("How to go on by hand", _commands(incident.agent)),
+            _section("What stood in its root before each restore", _evidence(incident)),
+        )
+    )
+
+
+def _section(title: str, lines: Iterable[str]) -> list[str]:
+    return ["", f"## {title}", "", *lines]
+
+
+def _summary(facts: Facts, host: dict[str, Any]) -> list[str]:
+    incident = facts.incident
+    loads = " ".join(f"{load:.2f}" for load in host["load_average"])
+    memory = f"{host['memory_available_bytes'] // 2**20} of {host['memory_total_bytes'] // 2**20} MiB memory"
+    free = host["repository_free_bytes"]
+    room = "unknown space" if free is None else f"{free // 2**20} MiB"
+    return [
+        f"# {incident.agent} could not be recovered",
         "",
-        f"**Why:** {facts['why']}",
+        f"**Why:** {facts.reason}",
         "",
-        f"- incident `{incident.id}`, opened {_time(incident.opened_at)}, given up {_time(now)}",
-        f"- what started it: {incident.reason or 'not said'}",
-        f"- attempts: {incident.attempts}; states that were tried: {', '.join(incident.tried) or 'none'}",
-        f"- host {host['name']}: load {' '.join(f'{load:.2f}' for load in host['load_average'])} "
-        f"on {host['cpus']} CPUs, "
-        f"{host['memory_available_bytes'] // 2**20} MiB of {host['memory_total_bytes'] // 2**20} MiB memory free, "
-        f"repository {_mib(host['repository_free_bytes'])} free",
-        "",
-        "## What was done",
-        "",
-        *(
-            f"- {_time(step.at)} {'ok    ' if step.ok else 'FAILED'} {step.step}: {step.detail}"
-            for step in incident.steps
-        ),
-        "",
-        "## Last heartbeats",
-        "",
-        *(
-            [f"- {beat['entry']} {beat['incarnation']}" for beat in facts["last_heartbeats"]]
-            or ["none in the last hour"]
-        ),
-        "",
-        "## Last log lines",
-        "",
-        "```",
-        *(facts["last_log_lines"] or ["(the agent wrote nothing)"]),
-        "```",
-        "",
-        "## How to go on by hand",
-        "",
-        "```",
-        f"backup-worker list --agent {agent}                  # which states there are",
-        "backup-worker show ID                            # what is wrong with one",
-        f"backup-worker restore {agent} --from ID --dry-run   # what it would change",
-        f"backup-worker restore {agent} --from ID             # lay down a state of your choice",
-        f"backup-worker recover {agent}                       # try again, now that something has changed",
-        "```",
-        "",
-        "What stood in the agent's root before each restore is kept here:",
-        "",
-        *([f"- {tree}" for tree in incident.evidence] or [f"- nothing was changed; see {folder}"]),
-        "",
+        f"- It is **{'running: ' + '; '.join(facts.running) if facts.running else 'not running'}**.",
+        f"- Its files are {_files_now(incident)}.",
+        f"- Incident `{incident.id}`, opened {facts.time(incident.opened_at)}, given up {facts.time(facts.now)}.",
+        f"- What started it: {incident.reason or 'not said'}.",
+        f"- Attempts: {incident.attempts}; states that were tried: {', '.join(incident.tried) or 'none'}.",
+        f"- Host {host['name']}: load {loads} on {host['cpus']} CPUs; free: {memory}, {room} for the repository.",
     ]
-    return "\n".join(lines)
 
 
-def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+def _files_now(incident: Incident) -> str:
+    restored = [step for step in incident.steps if step.step == "restore" and step.ok]
+    if not restored:
+        return "as they were found: nothing was restored"
+    selected = [step.detail for step in incident.steps if step.step == "select" and step.ok]
+    return f"those of the last restore ({selected[-1]})" if selected else "those of the last restore"
 
 
-def _mib(size: int | None) -> str:
-    return "unknown" if size is None else f"{size // 2**20} MiB"
+def _step(facts: Facts, step: Any) -> str:
+    mark = "" if step.ok else "**FAILED** "
+    return f"- {facts.time(step.at)} {mark}{step.step}: {step.detail}"
+
+
+def _snapshots(facts: Facts) -> list[str]:
+    if facts.snapshots is None:
+        return ["The repository could not be read."]
+    return [
+        f"- `{head.id}` ({facts.time(head.created_at)}, {head.files} files, {head.bytes} bytes) "
+        f"**{'damaged' if head.damaged else head.status}**: {why_not_used(head, facts.incident)}"
+        for head in facts.snapshots
+    ] or ["There is none."]
+
+
+def _beats(facts: Facts) -> list[str]:
+    lines = []
+    for name, group in itertools.groupby(facts.beats, key=lambda beat: beat[1]):
+        times = [streams.entry_time(entry) for entry, _ in group]
+        ago = facts.now - times[-1]
+        lines.append(
+            f"- {len(times)} of incarnation `{name}` from {facts.time(times[0])} to {facts.time(times[-1])}, "
+            f"{ago:.0f} s before this report"
+        )
+    return lines or ["None in the last hour."]
+
+
+def _commands(agent: str) -> list[str]:
+    commands = {
+        f"backup-worker list --agent {agent}": "which states there are",
+        "backup-worker show ID": "what is wrong with one",
+        f"backup-worker restore {agent} --from ID --dry-run": "what it would change",
+        f"backup-worker restore {agent} --from ID": "lay down a state of your choice",
+        f"backup-worker recover {agent} --wait": "try again, now that something has changed",
+    }
+    width = max(map(len, commands))
+    return [f"    {command:<{width}}   # {purpose}" for command, purpose in commands.items()]
+
+
+def _evidence(incident: Incident) -> list[str]:
+    return (
+        [*(f"- {tree}" for tree in incident.evidence), ""]
+        if incident.evidence
+        else ["Nothing was changed.", ""]
+    )

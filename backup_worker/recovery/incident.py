@@ -3,23 +3,24 @@
     phase          what is done in it                                   next, if it worked   if it failed
     fence          end the old process, prove it gone                   select               escalate
     select         find the newest state that can be trusted            restore, or depend   escalate
-    restore        keep evidence, stage, verify, swap                   depend               select (older state)
+    restore        keep evidence, stage, verify, swap                   depend               select (no space: escalate)
     depend         wait until what the agent needs is verified          start                escalate (deadline)
     start          start the new process                                prove                retry
     prove          wait for beats of the new incarnation                recovered            retry (exit, deadline)
 
-`retry` is `fence` (or `select`) again with the next older state, as often as `recovery.attempts` says, then
-escalation. An incident is open in exactly one phase; entering a phase is written to Redis before its work begins,
-under a version that grows by one, so that of two workers on the same incident only one can go on (`Stale` for the
-other). All of a phase's work may be done twice without harm, so a worker killed anywhere is resumed by running the
-phase again.
+`retry` is `fence` again with the next older state, as often as `recovery.attempts` says, then escalation. A state that
+could not be laid down was not tried: `select` proves anew, and passes over what turned out to be damaged. An incident
+is open in exactly one phase; entering a phase is written to Redis before its work begins, under a version that grows by
+one, so that of two workers on the same incident only one can go on (`Stale` for the other). All of a phase's work may
+be done twice without harm, so a worker killed anywhere is resumed by running the phase again; one whose worker dies
+`MAX_RESUMES` times in a row is given to a human instead.
 
 At most one incident of an agent is open: opening a second returns the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,20 +53,32 @@ CURRENT = "current"
 _INCIDENT = "backup:incident:"
 _ALL = "backup:incidents"
 _OPEN = "backup:incidents:open"
+_LATEST = "backup:incidents:latest"
 DEADLINES = "backup:deadlines"
 
+AGAIN_AFTER_S = 5.0
+"""An incident whose job was lost is looked at again after this time."""
+
+MAX_RESUMES = 5
+"""How often a phase is begun again without having come to an end: what kills every worker must reach a human."""
+
+# An index entry without its incident (a server that lost its last second) must not keep a new one from opening.
 _OPEN_SCRIPT = """
 local open = redis.call('HGET', KEYS[1], ARGV[1])
-if open then return {0, open} end
+if open and redis.call('EXISTS', ARGV[6] .. open) == 1 then return open end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('HSET', KEYS[2], 'version', 1, 'data', ARGV[3])
 redis.call('ZADD', KEYS[3], ARGV[4], ARGV[2])
-redis.call('ZADD', KEYS[4], ARGV[4], ARGV[2])
-return {1, ARGV[2]}
+redis.call('ZADD', KEYS[4], ARGV[5], ARGV[2])
+redis.call('HSET', KEYS[5], ARGV[1], ARGV[2])
+return ARGV[2]
 """
 
+# The client repeats a command whose reply was lost, so writing the same thing over itself is a success.
 _SAVE_SCRIPT = """
-if redis.call('HGET', KEYS[1], 'version') ~= ARGV[1] then return 0 end
+local version = redis.call('HGET', KEYS[1], 'version')
+if version == tostring(ARGV[1] + 1) and redis.call('HGET', KEYS[1], 'data') == ARGV[2] then return 1 end
+if version ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'version', ARGV[1] + 1, 'data', ARGV[2])
 if ARGV[3] ~= '' then
   redis.call('ZADD', KEYS[3], ARGV[3], ARGV[4])
@@ -118,6 +131,10 @@ class Incident:
     evidence: tuple[str, ...] = ()
     pid: int | None = None
     old_incarnations: tuple[str, ...] = ()
+    end_mark: str = ""
+    """Entry id in the heartbeat stream at the closing: a beat behind it proves life after an escalation."""
+    resumes: int = 0
+    """How often the present phase was begun without having come to an end."""
 
     @property
     def is_open(self) -> bool:
@@ -132,11 +149,11 @@ class Incident:
         """Return the incident in `phase`; raises ValueError if the table does not allow that transition."""
         if phase not in NEXT[self.phase]:
             raise ValueError(f"an incident in {self.phase} cannot enter {phase}")
-        return replace(self, phase=phase, **changes)
+        return replace(self, phase=phase, resumes=0, **changes)
 
-    def closed(self, state: str, now: float) -> Incident:
+    def closed(self, state: str, now: float, end_mark: str) -> Incident:
         """Return the incident closed as `state` (RECOVERED or ESCALATED)."""
-        return replace(self, state=state, closed_at=now, deadline=None)
+        return replace(self, state=state, closed_at=now, deadline=None, end_mark=end_mark)
 
     def summary(self) -> dict[str, Any]:
         """Return the incident as `backup-worker incidents --json` prints it."""
@@ -185,11 +202,15 @@ class IncidentStore:
     def open(
         self, agent: str, *, token: str, now: float, reason: str, beat_mark: str
     ) -> tuple[Incident, bool]:
-        """Return the open incident of `agent` and whether it is new; `token` makes a new one's id unique."""
+        """Return the open incident of `agent` and whether it is new; `token` makes a new one's id unique.
+
+        The caller wakes a new one; if it does not live to do so, the incident is looked at after `AGAIN_AFTER_S`.
+        """
         incident = Incident(f"{agent}-{token}", agent, now, reason=reason, beat_mark=beat_mark)
-        keys = [_OPEN, _INCIDENT + incident.id, _ALL, DEADLINES]
-        fresh, incident_id = self._run(_OPEN_SCRIPT, keys, [agent, incident.id, _pack(incident), now])
-        return self.get(incident_id.decode()), bool(fresh)
+        keys = [_OPEN, _INCIDENT + incident.id, _ALL, DEADLINES, _LATEST]
+        args = [agent, incident.id, _pack(incident), now, now + AGAIN_AFTER_S, _INCIDENT]
+        opened = self.get(_text(self._run(_OPEN_SCRIPT, keys, args)))
+        return opened, opened.id == incident.id
 
     def get(self, incident_id: str) -> Incident:
         """Return an incident; raises NotFound."""
@@ -204,9 +225,11 @@ class IncidentStore:
         `wake_at` is when somebody has to look at it again (Unix seconds); an incident that is closed needs nobody.
         Raises Stale if it has been changed meanwhile.
         """
+        if incident.is_open and wake_at is None:
+            raise ValueError(f"nobody would ever look at the open incident {incident.id} again")
         newer = replace(incident, version=incident.version + 1)
         keys = [_INCIDENT + incident.id, _OPEN, DEADLINES]
-        wake = "" if not incident.is_open or wake_at is None else repr(wake_at)
+        wake = repr(wake_at) if incident.is_open else ""
         if not self._run(
             _SAVE_SCRIPT, keys, [incident.version, _pack(newer), wake, incident.id, incident.agent]
         ):
@@ -217,9 +240,25 @@ class IncidentStore:
         """Return the open incidents: agent -> incident id."""
         return {_text(agent): _text(incident) for agent, incident in self.client.hgetall(_OPEN).items()}
 
+    def open_incidents(self) -> list[Incident]:
+        """Return the open incidents."""
+        return self._read(self.client.hvals(_OPEN))
+
+    def latest(self, agents: Iterable[str]) -> dict[str, Incident]:
+        """Return the newest incident, open or closed, of each of `agents` that ever had one."""
+        names = list(agents)
+        found = self.client.hmget(_LATEST, names) if names else []
+        return {one.agent: one for one in self._read(found)}
+
+    def _read(self, incident_ids: Iterable[Any]) -> list[Incident]:
+        with self.client.pipeline(transaction=False) as pipeline:
+            for incident_id in incident_ids:
+                if incident_id is not None:
+                    pipeline.hget(_INCIDENT + _text(incident_id), "data")
+            return [_unpack(data) for data in pipeline.execute() if data is not None]
+
     def all(self) -> Iterator[Incident]:
         """Yield every incident, the newest first."""
-        for incident_id in self.client.zrevrange(_ALL, 0, -1):
-            data = self.client.hget(_INCIDENT + _text(incident_id), "data")
-            if data is not None:
-                yield _unpack(data)
+        ids = self.client.zrevrange(_ALL, 0, -1)
+        for start in range(0, len(ids), 100):
+            yield from self._read(ids[start : start + 100])

@@ -3,26 +3,28 @@
 `advance` may be called at any time, by any number of workers on the agent's host, for any reason: a kernel lock an
 agent lets one of them act, and the incident's version keeps one that lost the lock from writing. A phase is written
 down before its work begins, and its work may be done twice. What fails is an outcome, recorded as a step: only Redis
-being away, and programming errors, leave this module as exceptions; the incident's deadline then brings it back.
+being away, and programming errors, leave this module as exceptions; the incident's deadline then brings it back, and
+what comes back too often without getting anywhere is escalated. An end is recorded, and told, before it is written: a
+worker killed in between says it twice, never not at all. Times are the server's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backup_worker.recovery import heartbeats, processes
 from backup_worker.recovery.incident import (
+    AGAIN_AFTER_S,
     CURRENT,
     DEADLINES,
     DEPEND,
     ESCALATED,
     FENCE,
+    MAX_RESUMES,
     PROVE,
     RECOVERED,
     RESTORE,
@@ -32,15 +34,20 @@ from backup_worker.recovery.incident import (
     IncidentStore,
     Stale,
 )
-from backup_worker.recovery.pacemaker import AGAIN_AFTER_S, missing_dependencies
+from backup_worker.recovery.locks import acting_on
+from backup_worker.recovery.pacemaker import missing_dependencies
 from backup_worker.recovery.states import States
-from em_bridge import clock, streams
+from backup_worker.snapshots import NoSpace
+from em_bridge import streams
 from em_bridge.errors import AgentBackupError, RedisUnavailable
 
 if TYPE_CHECKING:
     from redis import Redis
 
     from backup_worker.config import AgentConfig, Config
+
+OPENED = "open"
+"""The first step of every incident."""
 
 LOOK_AGAIN_S = 2.0
 """While an agent has to prove that it lives, its process is looked at this often: one that exits fails at once."""
@@ -67,7 +74,10 @@ class Recovery:
     redis_url: str
     record: Callable[[Incident, str, bool, str], None]
     escalate: Callable[[Incident, Escalation], Incident]
-    now: Callable[[], float] = clock.now
+
+    def now(self) -> float:
+        """Return the server's clock in Unix seconds: the hosts' own need not agree."""
+        return streams.server_time(self.client)
 
     @property
     def store(self) -> IncidentStore:
@@ -76,42 +86,33 @@ class Recovery:
 
     def advance(self, incident_id: str) -> Incident:
         """Run the incident's phases until it waits or is closed, and return it; raises NotFound for an unknown id."""
-        incident = self.store.get(incident_id)
-        with self._agent_lock(incident.agent) as held:
-            if not held:
-                return incident
-            incident = self.store.get(incident_id)
-            with contextlib.suppress(Stale):
-                while incident.is_open:
-                    before = incident
-                    incident = self._run_phase(incident)
-                    if incident.version == before.version:
-                        break
-        return incident
+        agent = self.store.get(incident_id).agent
+        with acting_on(agent, self.config.schedule.state) as held, contextlib.suppress(Stale):
+            incident = self._taken_up(self.store.get(incident_id)) if held else None
+            while incident is not None and incident.is_open:
+                incident = self._run_phase(incident)
+        return self.store.get(incident_id)
 
-    @contextlib.contextmanager
-    def _agent_lock(self, agent: str) -> Iterator[bool]:
-        """Hold the agent's kernel lock: it cannot outlive this process, so it can never be stale."""
-        folder = self.config.schedule.state / "locks"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(folder / f"{agent}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
-        finally:
-            os.close(descriptor)
+    def _taken_up(self, incident: Incident) -> Incident:
+        """Note that the phase is begun once more; one that has killed every worker so far goes to a human."""
+        if not incident.is_open:
+            return incident
+        if not incident.steps:
+            incident = self._noted(incident, OPENED, True, incident.reason)
+        if incident.resumes >= MAX_RESUMES:
+            return self._give_up(
+                incident, f"{incident.phase} was begun {incident.resumes} times and never came to an end"
+            )
+        return self._keep(replace(incident, resumes=incident.resumes + 1))
 
     # ── phases ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _run_phase(self, incident: Incident) -> Incident:
+    def _run_phase(self, incident: Incident) -> Incident | None:
+        """Return the incident in its next phase, or None if it waits."""
         agent = self.config.agents.get(incident.agent)
         if agent is None:
             return self._give_up(incident, f"agent “{incident.agent}” is no longer in agents.json")
-        phases = {
+        phases: dict[str, Callable[[Incident, AgentConfig], Incident | None]] = {
             FENCE: self._fence,
             SELECT: self._select,
             RESTORE: self._restore,
@@ -124,20 +125,25 @@ class Recovery:
         except (Stale, RedisUnavailable):
             raise
         except (AgentBackupError, OSError) as error:
-            hint = (getattr(error, "hint", None) or "").strip()
-            detail = str(error) + (f" ({hint})" if hint else "")
-            return self._phase_failed(incident, detail)
+            return self._phase_failed(incident, error)
 
-    def _phase_failed(self, incident: Incident, detail: str) -> Incident:
-        failed = self._noted(incident, incident.phase, False, detail)
-        if incident.phase == RESTORE:
-            # The state did not prove, or could not be laid down: the next older one may.
-            return self._retry(failed, detail, SELECT)
-        if incident.phase in (START, PROVE):
+    def _phase_failed(self, incident: Incident, error: AgentBackupError | OSError) -> Incident:
+        hint = (getattr(error, "hint", None) or "").strip()
+        detail = str(error) + (f" ({hint})" if hint else "")
+        # A phase may have written the incident before it failed.
+        latest = self.store.get(incident.id)
+        if latest.phase != incident.phase or not latest.is_open:
+            raise Stale(f"incident “{incident.id}” was advanced by somebody else")
+        failed = self._noted(latest, latest.phase, False, detail)
+        if latest.phase == RESTORE and not isinstance(error, NoSpace):
+            # Nothing is wrong with the state that was chosen, unless it is damaged: then it is not chosen again.
+            return self._retry(failed, detail, SELECT, state_failed=False)
+        if latest.phase in (START, PROVE):
             return self._retry(failed, detail, FENCE)
         return self._give_up(failed, detail)
 
     def _fence(self, incident: Incident, agent: AgentConfig) -> Incident:
+        _check_start(incident.agent, agent)
         ended = processes.fence(self.process_of(incident.agent), term_grace_s=agent.recovery.stop_within)
         detail = "no process was left"
         if ended:
@@ -151,11 +157,9 @@ class Recovery:
                 chosen = self._noted(
                     incident, SELECT, True, "the state on disk is sane: starting on it first"
                 )
-                patience = self.now() + agent.heartbeat.verify_within
-                return self._enter(chosen, DEPEND, chosen=(CURRENT,), deadline=patience)
-            incident = self._noted(
-                incident, SELECT, False, "the state on disk is not sane: " + "; ".join(problems)
-            )
+                return self._enter(chosen, DEPEND, chosen=(CURRENT,), deadline=self._patience(agent))
+            insane = "the state on disk is not sane: " + "; ".join(problems)
+            incident = self._keep(self._noted(incident, SELECT, False, insane))
         # As of the death: what was stored of the dead agent since is no state to go back to.
         plan = self.states.choose(incident.agent, as_of=incident.opened_at, exclude=incident.tried)
         chosen = self._noted(incident, SELECT, True, "state of " + ", ".join(plan.sources))
@@ -172,19 +176,30 @@ class Recovery:
             f"; what stood there is in {result.evidence}" if result.evidence else "; it stood there already"
         )
         done = self._noted(replace(incident, evidence=evidence), RESTORE, True, detail)
-        return self._enter(done, DEPEND, deadline=self.now() + agent.heartbeat.verify_within)
+        # The state is chosen anew for the restore, so what was restored is what counts.
+        return self._enter(done, DEPEND, chosen=result.sources, deadline=self._patience(agent))
 
-    def _depend(self, incident: Incident, agent: AgentConfig) -> Incident:
+    def _patience(self, agent: AgentConfig) -> float:
+        """Return until when the agent waits for those that it needs: the death of one of them may yet be noticed."""
+        needed = (self.config.agents.get(name) for name in agent.depends_on)
+        notice_s = max((one.heartbeat.dead_after for one in needed if one is not None), default=0.0)
+        return self.now() + agent.heartbeat.verify_within + notice_s
+
+    def _depend(self, incident: Incident, agent: AgentConfig) -> Incident | None:
         if agent.depends_on:
             beats = self._beats(incident.beat_mark)
-            missing = missing_dependencies(incident, agent.depends_on, self.store.open_ids(), beats)
+            latest = self.store.latest(agent.depends_on)
+            missing = missing_dependencies(incident, agent.depends_on, latest, beats)
             if missing:
-                return self._wait_for(incident, missing)
+                return self._wait_for(incident, missing, latest)
         detail = f"{', '.join(agent.depends_on)} alive" if agent.depends_on else "depends on nobody"
         return self._enter(self._noted(incident, DEPEND, True, detail), START)
 
-    def _wait_for(self, incident: Incident, missing: list[str]) -> Incident:
-        fallen = [agent for agent in missing if self._escalated_since(agent, incident.opened_at)]
+    def _wait_for(
+        self, incident: Incident, missing: list[str], latest: Mapping[str, Incident]
+    ) -> Incident | None:
+        last = {agent: latest[agent] for agent in missing if agent in latest}
+        fallen = [agent for agent, one in last.items() if _escalated_since(one, incident.opened_at)]
         if fallen:
             return self._give_up(
                 self._noted(incident, DEPEND, False, f"{', '.join(fallen)} could not be recovered"),
@@ -193,7 +208,7 @@ class Recovery:
         now = self.now()
         if incident.deadline is not None and now >= incident.deadline:
             # An open recovery of a dependency has deadlines of its own; only one that nobody works on is given up.
-            idle = [agent for agent in missing if agent not in self.store.open_ids()]
+            idle = [agent for agent in missing if agent not in last or not last[agent].is_open]
             if idle:
                 return self._give_up(
                     self._noted(incident, DEPEND, False, f"no beat of {', '.join(idle)}"),
@@ -203,36 +218,37 @@ class Recovery:
             incident = self._noted(incident, "wait", True, f"for {', '.join(missing)}")
         return self._sleep(incident, now + LOOK_AGAIN_S)
 
-    def _escalated_since(self, agent: str, since: float) -> bool:
-        for incident in self.store.all():
-            if incident.agent == agent:
-                return incident.state == ESCALATED and (incident.closed_at or 0.0) >= since
-        return False
-
     def _start(self, incident: Incident, agent: AgentConfig) -> Incident:
         process = self.process_of(incident.agent)
         # A worker that was killed right here may have started it already: that one would be a second incarnation.
         processes.fence(process, term_grace_s=agent.recovery.stop_within)
         mark = self._last_beat()
         old = self._survivors(incident, mark)
-        incident = self.store.save(
-            replace(incident, start_mark=mark, old_incarnations=old), wake_at=self.now() + AGAIN_AFTER_S
-        )
+        incident = self._keep(replace(incident, start_mark=mark, old_incarnations=old))
         pid = processes.start(process, redis_url=self.redis_url)
         started = self._noted(
             replace(incident, pid=pid), START, True, f"pid {pid}: {' '.join(process.command)}"
         )
         return self._enter(started, PROVE, deadline=self.now() + agent.heartbeat.verify_within)
 
-    def _prove(self, incident: Incident, agent: AgentConfig) -> Incident:
+    def _prove(self, incident: Incident, agent: AgentConfig) -> Incident | None:
+        process = self.process_of(incident.agent)
+        running = processes.find_agent(process)
+        strangers = processes.strangers(process, running)
+        if strangers:
+            # Its beats cannot be told from ours, and two of them would ruin the files: both end, and it begins anew.
+            names = ", ".join(f"pid {one.pid} ({one.command[:60]})" for one in strangers)
+            detail = f"somebody else started the agent too: {names}"
+            return self._retry(self._noted(incident, PROVE, False, detail), detail, FENCE, state_failed=False)
+        if not running:
+            # Also if it had beaten often enough: what has ended does not live.
+            raise AgentBackupError("the new process has ended: " + self._last_words(incident.agent))
         beats = self._beats(incident.start_mark)
         incarnation, count = beats.streak(incident.agent, incident.start_mark, incident.old_incarnations)
         if count >= agent.heartbeat.stable_beats:
             detail = f"{count} beats in a row of incarnation {incarnation}"
             return self._recovered(self._noted(incident, PROVE, True, detail))
         now = self.now()
-        if not processes.find_agent(self.process_of(incident.agent)):
-            raise AgentBackupError("the new process has ended: " + self._last_words(incident.agent))
         if incident.deadline is not None and now >= incident.deadline:
             raise AgentBackupError(
                 f"{count} of {agent.heartbeat.stable_beats} beats within {agent.heartbeat.verify_within:g} s: "
@@ -242,37 +258,49 @@ class Recovery:
 
     # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _retry(self, incident: Incident, why: str, phase: str) -> Incident:
-        """Go on with the next older state, or give up after the configured number of attempts."""
+    def _retry(self, incident: Incident, why: str, phase: str, *, state_failed: bool = True) -> Incident:
+        """Go on with `phase`, or give up after the configured number of attempts.
+
+        A state that failed is not chosen again.
+        """
         attempts = incident.attempts + 1
-        tried = (*incident.tried, *incident.chosen[:1])
+        tried = (*incident.tried, *incident.chosen[:1]) if state_failed else incident.tried
         incident = replace(incident, attempts=attempts, tried=tried, chosen=(), deadline=None)
         if attempts >= self.config.agents[incident.agent].recovery.attempts:
+            if phase == FENCE:
+                incident = self._left_stopped(incident)
             return self._give_up(incident, f"{attempts} attempts failed; the last one: {why}")
         return self._enter(incident, phase)
 
+    def _left_stopped(self, incident: Incident) -> Incident:
+        """End what was started last: a human finds an agent that stands still, not one that is half alive."""
+        try:
+            ended = processes.fence(self.process_of(incident.agent))
+        except AgentBackupError as error:
+            return self._noted(incident, FENCE, False, str(error))
+        detail = f"ended pid {', '.join(str(one.pid) for one in ended)}; it is left stopped"
+        return self._noted(incident, FENCE, True, detail) if ended else incident
+
     def _recovered(self, incident: Incident) -> Incident:
-        attempts = incident.attempts + 1
-        closed = self.store.save(
-            replace(incident, attempts=attempts).closed(RECOVERED, self.now()), wake_at=None
-        )
-        self._wake_dependents()
-        self.record(closed, RECOVERED, True, f"recovered from {', '.join(closed.chosen)}")
-        return closed
+        detail = f"recovered from {', '.join(incident.chosen)}"
+        return self._closed(replace(incident, attempts=incident.attempts + 1), RECOVERED, detail)
 
     def _give_up(self, incident: Incident, reason: str) -> Incident:
         # The evidence is written first: an incident must not say “escalated” with nothing for the human to read.
-        told = self.escalate(incident, Escalation(reason))
-        closed = self.store.save(told.closed(ESCALATED, self.now()), wake_at=None)
+        return self._closed(self.escalate(incident, Escalation(reason)), ESCALATED, reason)
+
+    def _closed(self, incident: Incident, state: str, detail: str) -> Incident:
+        closed = incident.closed(state, self.now(), self._last_beat())
+        self.record(closed, state, state == RECOVERED, detail)
+        closed = self.store.save(closed, wake_at=None)
         self._wake_dependents()
-        self.record(closed, ESCALATED, False, reason)
         return closed
 
     def _wake_dependents(self) -> None:
         now = self.now()
-        for incident_id in self.store.open_ids().values():
-            if self.store.get(incident_id).phase == DEPEND:
-                self.client.zadd(DEADLINES, {incident_id: now}, xx=True, lt=True)
+        for incident in self.store.open_incidents():
+            if incident.phase == DEPEND:
+                self.client.zadd(DEADLINES, {incident.id: now}, xx=True, lt=True)
 
     # ── small things ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -281,12 +309,16 @@ class Recovery:
         return incident.noted(step, self.now(), ok, detail)
 
     def _enter(self, incident: Incident, phase: str, **changes: object) -> Incident:
-        return self.store.save(incident.entering(phase, **changes), wake_at=self.now() + AGAIN_AFTER_S)
+        return self._keep(incident.entering(phase, **changes))
 
-    def _sleep(self, incident: Incident, until: float) -> Incident:
-        """Keep the phase, be woken at `until` at the latest, and end this run: the version is not handed on."""
-        self.store.save(incident, wake_at=until)
-        return incident
+    def _keep(self, incident: Incident) -> Incident:
+        """Write the incident, to be looked at again soon if this worker does not live to go on."""
+        return self.store.save(incident, wake_at=self.now() + AGAIN_AFTER_S)
+
+    def _sleep(self, incident: Incident, until: float) -> Incident | None:
+        """Keep the phase, be woken at `until` at the latest, and end this run."""
+        self.store.save(replace(incident, resumes=0), wake_at=until)
+        return None
 
     def process_of(self, name: str) -> processes.Agent:
         """Return what is needed to find and start the process of agent `name`."""
@@ -313,3 +345,21 @@ class Recovery:
     def _last_words(self, agent: str) -> str:
         lines = processes.last_log_lines(self.process_of(agent), 3)
         return " / ".join(lines) if lines else "it wrote nothing"
+
+
+def _check_start(name: str, agent: AgentConfig) -> None:
+    """Raise AgentBackupError for an agent that we could neither prove gone nor start."""
+    if agent.start is None:
+        raise AgentBackupError(
+            f"agent “{name}” has no `start`, so its process cannot be proven gone, nor started; nothing was changed",
+            hint="write `start` for it in agents.json, or stop it, `backup-worker restore` it and start it by hand",
+        )
+    if agent.start.command is None:
+        raise AgentBackupError(
+            f"agent “{name}” is run by {agent.start.adapter}, which recovery cannot handle; nothing was changed",
+            hint=f"stop it with {agent.start.adapter}, `backup-worker restore` it, and start it again",
+        )
+
+
+def _escalated_since(incident: Incident, since: float) -> bool:
+    return incident.state == ESCALATED and (incident.closed_at or 0.0) >= since

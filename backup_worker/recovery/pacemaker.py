@@ -3,25 +3,33 @@
 Waiting holds no worker: an incident that waits is only an entry in a sorted set of deadlines. The pacemaker moves what
 is due onto the stream `em:due`, from where it takes the way of every event; moving is one script, so of many
 pacemakers only one does it. What was moved stays in the set with a later deadline, so that a lost job is made up for.
+An incident whose heartbeat has come is woken once a version: while no worker takes the job, nothing piles up.
 Every dispatcher runs one; it keeps nothing that it cannot read again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from backup_worker.due import STREAM, IncidentDue
 from backup_worker.recovery import heartbeats
-from backup_worker.recovery.incident import DEADLINES, DEPEND, PROVE, Incident, IncidentStore
+from backup_worker.recovery.incident import (
+    AGAIN_AFTER_S,
+    DEADLINES,
+    DEPEND,
+    ESCALATED,
+    PROVE,
+    Incident,
+    IncidentStore,
+)
+from em_bridge import streams
 from em_bridge.events import encode
 
 if TYPE_CHECKING:
     from redis import Redis
 
     from backup_worker.config import Config
-
-AGAIN_AFTER_S = 5.0
-"""An incident whose job was lost is looked at again after this time."""
 
 BUSY_TICK_S, IDLE_TICK_S = 0.1, 1.0
 
@@ -41,20 +49,25 @@ class Pacemaker:
         self.client = client
         self.store = IncidentStore(client)
         self.beats = heartbeats.Beats()
+        self._woken: dict[str, int] = {}
         self._move = client.register_script(_MOVE)
 
     def tick(self, config: Config, now: float) -> float:
         """Wake what is due at `now` (Unix seconds)."""
-        waiting = [self.store.get(incident_id) for incident_id in self.store.open_ids().values()]
+        waiting = self.store.open_incidents()
         if not waiting:
             # Nobody waits, so nothing of the stream is needed: the next incident starts from its own mark.
             self.beats = heartbeats.Beats()
+            self._woken.clear()
             return IDLE_TICK_S
         if not self.beats.by_agent:
             self.beats.cursor = heartbeats.earliest(incident.beat_mark for incident in waiting)
         heartbeats.read(self.client, self.beats)
         for incident in waiting:
+            if self._woken.get(incident.id) == incident.version:
+                continue
             if self._has_what_it_waits_for(incident, config):
+                self._woken[incident.id] = incident.version
                 self.client.zadd(DEADLINES, {incident.id: now}, xx=True, lt=True)
         self._move_due(now)
         return BUSY_TICK_S
@@ -67,7 +80,8 @@ class Pacemaker:
             _, count = self.beats.streak(incident.agent, incident.start_mark, incident.old_incarnations)
             return count >= agent.heartbeat.stable_beats
         if incident.phase == DEPEND:
-            return not missing_dependencies(incident, agent.depends_on, self.store.open_ids(), self.beats)
+            latest = self.store.latest(agent.depends_on)
+            return not missing_dependencies(incident, agent.depends_on, latest, self.beats)
         return False
 
     def _move_due(self, now: float) -> None:
@@ -79,16 +93,20 @@ class Pacemaker:
 
 
 def missing_dependencies(
-    incident: Incident,
-    depends_on: tuple[str, ...] | list[str],
-    open_ids: dict[str, str],
-    beats: heartbeats.Beats,
+    incident: Incident, depends_on: Iterable[str], latest: Mapping[str, Incident], beats: heartbeats.Beats
 ) -> list[str]:
-    """Return which of `depends_on` are not yet proven alive.
+    """Return which of `depends_on` are not yet proven alive; `latest` is the newest incident of each.
 
     An agent counts as alive if no incident of it is open and it has beaten since `incident` was opened: the last
-    known state would not do, because an agent that died in the same instant still looks alive for a while.
+    known state would not do, because an agent that died in the same instant still looks alive for a while. One that
+    was given up since has to beat again.
     """
-    return [
-        agent for agent in depends_on if agent in open_ids or not beats.lived_after(agent, incident.beat_mark)
-    ]
+    missing = []
+    for agent in depends_on:
+        last = latest.get(agent)
+        mark = incident.beat_mark
+        if last is not None and last.state == ESCALATED:
+            mark = max(mark, last.end_mark or mark, key=streams.id_order)
+        if (last is not None and last.is_open) or not beats.lived_after(agent, mark):
+            missing.append(agent)
+    return missing

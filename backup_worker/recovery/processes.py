@@ -12,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,11 +68,16 @@ class Agent:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """The process that we started: its pid (also its session id) and its start time, which make it unique."""
+    """The process that we started, made unique: no two of one `boot` have both the same pid and the same start.
+
+    `token` is what it and all its descendants carry in their environment as `AGENT_RUN`.
+    """
 
     pid: int
-    created: float
-    boot: float
+    started: int
+    """When, in clock ticks since the boot: unlike a time of day, a step of the clock does not change it."""
+    boot: str
+    token: str
 
 
 def find(name: str, root: Path, *, command: Sequence[str] = (), state: Path | None = None) -> list[Running]:
@@ -92,29 +99,64 @@ def find_agent(agent: Agent) -> list[Running]:
     return found
 
 
-def _belongs(process: psutil.Process, agent: Agent, session: int | None) -> bool:
-    if session is not None and os.getsid(process.pid) == session:
+def strangers(agent: Agent, running: Iterable[Running]) -> list[Running]:
+    """Return those of `running` that do not descend from the process that `start` started last."""
+    record = read_record(agent)
+    if record is None:
+        return []
+    session = _recorded_session(agent)
+    return [one for one in running if not _descends(one.pid, record, session)]
+
+
+def _descends(pid: int, record: RunRecord, session: int | None) -> bool:
+    try:
+        if session is not None and os.getsid(pid) == session:
+            return True
+        return psutil.Process(pid).environ().get("AGENT_RUN") == record.token
+    except (psutil.NoSuchProcess, ProcessLookupError):
         return True
+    except (psutil.Error, OSError):
+        return False
+
+
+def _belongs(process: psutil.Process, agent: Agent, session: int | None) -> bool:
     try:
         environment = process.environ()
-    except psutil.AccessDenied:
+    except (psutil.AccessDenied, OSError):
         environment = {}
-    if environment.get("AGENT_ID") == agent.name and _same_folder(environment.get("AGENT_ROOT"), agent.root):
+    claims = environment.get("AGENT_ID")
+    if claims == agent.name and _same_folder(environment.get("AGENT_ROOT"), agent.root):
         return True
-    if not agent.command:
-        return False
-    return _runs(agent.command, process.cmdline()) and _same_folder(process.cwd(), agent.root)
+    # One that was started by an agent of ours, but as another agent, is not that agent's child but a life of its own.
+    if session is not None and claims in (None, agent.name) and os.getsid(process.pid) == session:
+        return True
+    return bool(agent.command) and _runs(agent, process.cmdline(), process.cwd())
 
 
-def _runs(command: Sequence[str], line: Sequence[str]) -> bool:
-    """Tell whether a process with the argument list `line` was started as `command`.
+def _runs(agent: Agent, line: Sequence[str], folder: str) -> bool:
+    """Tell whether a process with the argument list `line`, working in `folder`, was started as the agent.
 
-    A script's interpreter stands before it, and a launcher may have replaced the program by its full path.
+    A script's interpreter stands before it, a launcher may have replaced the program by its full path, and a file may
+    be named from another folder, if that makes it the same file.
     """
-    arguments = len(command) - 1
-    if arguments and list(line[-arguments:]) != list(command[1:]):
+    wanted = agent.command[1:]
+    program, given = line[: len(line) - len(wanted)], line[len(line) - len(wanted) :]
+    if not program or not any(_same_program(word, agent.command[0]) for word in (program[0], program[-1])):
         return False
-    return any(Path(word).name.startswith(Path(command[0]).name) for word in line[: len(line) - arguments])
+    at_home = _same_folder(folder, agent.root)
+    if at_home and list(given) == list(wanted):
+        return True
+    own = [os.path.exists(agent.root / word) for word in wanted]
+    return (at_home or any(own)) and all(
+        _same_folder(os.path.join(folder, word), agent.root / expected) if is_file else word == expected
+        for word, expected, is_file in zip(given, wanted, own, strict=True)
+    )
+
+
+def _same_program(word: str, wanted: str) -> bool:
+    """Compare names without folder and version: `/usr/bin/python3.11` is `python3`, but `agent.log` is not `agent`."""
+    names = [re.sub(r"[\d.]*$", "", os.path.basename(name)) for name in (word, wanted)]
+    return names[0] == names[1]
 
 
 def _same_folder(text: str | None, root: Path) -> bool:
@@ -124,14 +166,26 @@ def _same_folder(text: str | None, root: Path) -> bool:
 def _recorded_session(agent: Agent) -> int | None:
     """Return the session of the process we started, unless its number now belongs to somebody else."""
     record = read_record(agent)
-    if record is None or record.boot != psutil.boot_time():
+    if record is None or record.boot != _boot():
         return None
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if psutil.Process(record.pid).create_time() != record.created:
-            return None
     # The leader may be gone while its children still live in the session; the kernel does not reuse the number
     # of a session that has members.
-    return record.pid
+    return record.pid if _started(record.pid) in (None, record.started) else None
+
+
+def _boot() -> str:
+    """Return what a pid means something in: this boot of the machine, and this namespace of pids."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _started(pid: int) -> int | None:
+    """Return when the process started, in clock ticks since the boot, or None if there is none."""
+    try:
+        # The name in parentheses may hold anything; the start time is the 20th field behind it.
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def read_record(agent: Agent) -> RunRecord | None:
@@ -156,12 +210,13 @@ def fence(agent: Agent, *, term_grace_s: float = TERM_GRACE_S) -> list[Running]:
         (signal.SIGKILL, KILL_GRACE_S),
         (signal.SIGKILL, 1.0),
     ):
-        # Found anew for each round: between two looks a process may have forked.
-        running = find_agent(agent)
+        # Found anew for each round: between two looks a process may have forked. Nothing found is looked at twice:
+        # a child that is born while its parent is read stands in no list of the first look.
+        running = find_agent(agent) or find_agent(agent)
         if not running:
             return list(ended.values())
         ended.update((process.pid, process) for process in running)
-        _signal_and_wait((process.pid for process in running), signum, grace_s)
+        _signal_and_wait(agent, (process.pid for process in running), signum, grace_s)
     survivors = find_agent(agent)
     if survivors:
         names = ", ".join(f"{process.pid} ({process.command[:60]})" for process in survivors)
@@ -172,26 +227,31 @@ def fence(agent: Agent, *, term_grace_s: float = TERM_GRACE_S) -> list[Running]:
     return list(ended.values())
 
 
-def _signal_and_wait(pids: Iterable[int], signum: signal.Signals, grace_s: float) -> None:
+def _signal_and_wait(agent: Agent, pids: Iterable[int], signum: signal.Signals, grace_s: float) -> None:
+    session = _recorded_session(agent)
     poller = select.poll()
-    waiting: set[int] = set()
+    opened: set[int] = set()
+    awaited: set[int] = set()
     try:
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
                 descriptor = os.pidfd_open(pid)
-                waiting.add(descriptor)
+                opened.add(descriptor)
+                # The number may have changed hands since it was found; from here on the descriptor holds it.
+                if not _belongs(psutil.Process(pid), agent, session):
+                    continue
                 poller.register(descriptor, select.POLLIN)
+                awaited.add(descriptor)
                 signal.pidfd_send_signal(descriptor, signum)
                 # A stopped process acts on TERM only once it is continued.
                 signal.pidfd_send_signal(descriptor, signal.SIGCONT)
         deadline = clock.monotonic() + grace_s
-        while waiting and (left_s := deadline - clock.monotonic()) > 0:
+        while awaited and (left_s := deadline - clock.monotonic()) > 0:
             for descriptor, _ in poller.poll(left_s * 1000):
                 poller.unregister(descriptor)
-                os.close(descriptor)
-                waiting.discard(descriptor)
+                awaited.discard(descriptor)
     finally:
-        for descriptor in waiting:
+        for descriptor in opened:
             os.close(descriptor)
 
 
@@ -207,8 +267,10 @@ def start(agent: Agent, *, redis_url: str, extra_env: Mapping[str, str] | None =
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RQ_")}
     # Programs that were installed beside us (`em-bridge`) are found also where our environment is not activated.
     path = os.pathsep.join([environment.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    token = uuid.uuid4().hex
     environment |= {
         "PATH": path,
+        "AGENT_RUN": token,
         "AGENT_ID": agent.name,
         "AGENT_ROOT": str(agent.root),
         "REDIS_URL": redis_url,
@@ -234,7 +296,7 @@ def start(agent: Agent, *, redis_url: str, extra_env: Mapping[str, str] | None =
         ) from error
     finally:
         os.close(output)
-    _write_record(agent, process.pid)
+    _write_record(agent, process.pid, token)
     return process.pid
 
 
@@ -248,11 +310,12 @@ def _open_log(agent: Agent) -> int:
     return os.open(agent.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
-def _write_record(agent: Agent, pid: int) -> None:
+def _write_record(agent: Agent, pid: int, token: str) -> None:
     if agent.record_file is None:
         return
     agent.record_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    record = RunRecord(pid, psutil.Process(pid).create_time(), psutil.boot_time())
+    # Nobody has waited for the process yet, so even one that has ended already is still there to be read.
+    record = RunRecord(pid, _started(pid) or 0, _boot(), token)
     temporary = agent.record_file.with_suffix(".new")
     temporary.write_text(json.dumps(asdict(record)))
     temporary.replace(agent.record_file)
@@ -260,8 +323,12 @@ def _write_record(agent: Agent, pid: int) -> None:
 
 def last_log_lines(agent: Agent, count: int = 50) -> list[str]:
     """Return the last `count` lines that the agent wrote, or nothing if there is no log."""
-    if agent.log_file is None or not agent.log_file.exists():
+    if agent.log_file is None:
         return []
-    with agent.log_file.open("rb") as file:
-        file.seek(max(0, agent.log_file.stat().st_size - 64 * 1024))
-        return file.read().decode(errors="replace").splitlines()[-count:]
+    try:
+        with agent.log_file.open("rb") as file:
+            file.seek(max(0, agent.log_file.stat().st_size - 64 * 1024))
+            return file.read().decode(errors="replace").splitlines()[-count:]
+    except OSError:
+        # There may be no log, or no right to read it: not worth failing a recovery for.
+        return []

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from backup_worker.due import IncidentDue
 from backup_worker.recovery import evidence, heartbeats, processes
 from backup_worker.recovery.incident import RECOVERED, Incident, IncidentStore
-from backup_worker.recovery.machine import Escalation, Recovery
+from backup_worker.recovery.machine import OPENED, Escalation, Recovery
 from backup_worker.recovery.states import States
 from backup_worker.runtime import Runtime
-from em_bridge import clock, streams
+from em_bridge import streams
+from em_bridge.errors import AgentBackupError
 from em_bridge.events import DEAD
+
+log = logging.getLogger(__name__)
 
 BEATS_IN_REPORT = 20
 BEATS_WINDOW_S = 3600.0
@@ -38,30 +43,34 @@ class RecoveryService:
         if state != DEAD:
             self.runtime.record("agent-state", agent=agent, state=state, reason=reason)
             return None
-        last = next((incident for incident in self.store.all() if incident.agent == agent), None)
+        last = self.store.latest([agent]).get(agent)
         if last is not None and last.closed_at is not None and at <= last.closed_at:
             self.runtime.record(
                 "agent-state", agent=agent, state=state, reason=f"{reason} (before {last.id} ended)"
             )
             return None
-        opened = self.open(agent, reason)
+        opened, _ = self._open(agent, reason)
         self.advance(opened.id)
         return opened.id
 
     def open(self, agent: str, reason: str) -> Incident:
-        """Return the open incident of `agent`, a new one if there is none; raises NotFound for an unknown agent."""
+        """Return the open incident of `agent`, a new one if there is none; a worker takes it up at once.
+
+        Raises NotFound for an unknown agent.
+        """
+        incident, is_new = self._open(agent, reason)
+        if is_new:
+            streams.append_once(
+                self.runtime.redis, IncidentDue(incident.id), once=f"incident/{incident.id}/opened"
+            )
+        return incident
+
+    def _open(self, agent: str, reason: str) -> tuple[Incident, bool]:
         self.runtime.config.agent(agent)
-        now = clock.now()
+        now = streams.server_time(self.runtime.redis)
         token = f"{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
         mark = streams.last_id(self.runtime.redis, streams.HEARTBEATS)
-        incident, is_new = self.store.open(agent, token=token, now=now, reason=reason, beat_mark=mark)
-        if is_new:
-            self.runtime.record(
-                "recovery", agent=agent, incident=incident.id, step="open", ok=True, detail=reason
-            )
-            title = f"{agent} is dead; recovering it"
-            self.runtime.alert(f"recovery/{agent}", "warning", title, f"{incident.id}: {reason}", agent=agent)
-        return incident
+        return self.store.open(agent, token=token, now=now, reason=reason, beat_mark=mark)
 
     def advance(self, incident_id: str) -> Incident:
         """Advance an incident as far as it goes now; raises NotFound."""
@@ -78,29 +87,47 @@ class RecoveryService:
         self.runtime.record(
             "recovery", agent=incident.agent, incident=incident.id, step=step, ok=ok, detail=detail
         )
+        if step == OPENED:
+            title = f"{incident.agent} is dead; recovering it"
+            body = f"{incident.id}: {incident.reason}"
+            self.runtime.alert(f"recovery/{incident.agent}", "warning", title, body, agent=incident.agent)
         if step == RECOVERED:
             self.runtime.resolve(f"recovery/{incident.agent}")
             self.runtime.resolve(f"escalation/{incident.agent}")
 
     def _escalate(self, incident: Incident, escalation: Escalation) -> Incident:
-        machine = self._machine()
-        folder = machine.evidence_folder(incident)
-        has_config = incident.agent in self.runtime.config.agents
-        log_lines = processes.last_log_lines(machine.process_of(incident.agent)) if has_config else []
-        report = evidence.write(
-            folder,
-            incident,
-            reason=escalation.reason,
-            log_lines=log_lines,
-            beats=self._recent_beats(incident.agent),
-            repository=self.runtime.config.schedule.repository,
-            now=clock.now(),
-        )
+        folder = self._machine().evidence_folder(incident)
+        report = evidence.write(folder, self._facts(incident, escalation))
         title = f"{incident.agent} could not be recovered"
         body = f"{escalation.reason}. Everything that is known: {report}"
         self.runtime.alert(f"escalation/{incident.agent}", "critical", title, body, agent=incident.agent)
         self.runtime.resolve(f"recovery/{incident.agent}")
         return replace(incident, evidence=(*incident.evidence, str(folder)))
+
+    def _facts(self, incident: Incident, escalation: Escalation) -> evidence.Facts:
+        schedule = self.runtime.config.schedule
+        log_lines, running = [], []
+        if incident.agent in self.runtime.config.agents:
+            process = self._machine().process_of(incident.agent)
+            log_lines = processes.last_log_lines(process)
+            running = [f"pid {one.pid} ({one.command[:80]})" for one in processes.find_agent(process)]
+        try:
+            heads = self.runtime.repository.snapshots(incident.agent)
+            snapshots = sorted(heads, key=lambda head: head.created_at, reverse=True)
+        except (AgentBackupError, OSError) as error:
+            log.error("the snapshots of %s cannot be listed: %s", incident.agent, error)
+            snapshots = None
+        return evidence.Facts(
+            incident=incident,
+            reason=escalation.reason,
+            now=streams.server_time(self.runtime.redis),
+            zone=schedule.timezone,
+            beats=self._recent_beats(incident.agent),
+            log_lines=log_lines,
+            snapshots=snapshots,
+            running=running,
+            repository=schedule.repository,
+        )
 
     def _recent_beats(self, agent: str) -> list[tuple[str, str]]:
         client = self.runtime.redis

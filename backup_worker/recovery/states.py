@@ -10,17 +10,20 @@ from typing import Literal
 
 from backup_worker.config import Config
 from backup_worker.snapshots import (
+    AgentFiles,
     Entry,
     Limits,
     Repository,
     RestorePlan,
     RestoreResult,
     execute,
+    finish_interrupted,
     plan_restore,
 )
 from backup_worker.snapshots.disk import Tree, walk
 from backup_worker.snapshots.sanity import judge
 from em_bridge import clock
+from em_bridge.errors import AgentBackupError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +51,26 @@ class States:
     def problems_on_disk(self, agent: str) -> list[str]:
         """Return why the files in the agent's root cannot be trusted as they are; empty if they look sane."""
         files = self.config.files_of(agent)
-        if not files.root.is_dir():
-            return [f"{files.root} is not a folder"]
-        scope = files.scope(["*"])
-        with Tree(files.root, follow=True) as tree:
-            entries = {
-                path: Entry(path, kind, info.st_size, stat.S_IMODE(info.st_mode), info.st_mtime_ns)
-                for path, info in walk(tree)
-                if scope.covers(path) and (kind := _kind(info.st_mode)) is not None
-            }
-            found = judge(files, scope, tree, entries, None, Limits(shrink=None))
-        return [f"{problem.path} {problem.problem}" for problem in found]
+        try:
+            # A restore that was killed left the old or the new tree, or, inside a mount point, something in between.
+            finish_interrupted(files.root)
+            if not files.root.is_dir():
+                return [f"{files.root} is not a folder"]
+            return _judged(files)
+        except (AgentBackupError, OSError) as error:
+            return [f"{files.root} cannot be judged: {error}"]
+
+
+def _judged(files: AgentFiles) -> list[str]:
+    scope = files.scope(["*"])
+    with Tree(files.root, follow=True) as tree:
+        entries = {
+            path: Entry(path, kind, info.st_size, stat.S_IMODE(info.st_mode), info.st_mtime_ns)
+            for path, info in walk(tree)
+            if scope.covers(path) and (kind := _kind(info.st_mode)) is not None
+        }
+        found = judge(files, scope, tree, entries, None, Limits(shrink=None))
+    return [f"{problem.path} {problem.problem}" for problem in found]
 
 
 def _kind(mode: int) -> Literal["file", "dir", "link"] | None:

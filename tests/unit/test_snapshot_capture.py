@@ -348,6 +348,28 @@ def test_a_json_file_rewritten_in_place_is_never_torn(place: Place) -> None:
     assert good > 0
 
 
+def test_a_json_file_that_is_half_written_is_waited_for(place: Place) -> None:
+    file = place.root / "weights.json"
+    half = threading.Event()
+
+    def write_slowly() -> None:
+        with file.open("w") as out:
+            out.write('{"speed": 1, ')
+            out.flush()
+            time.sleep(0.05)
+            half.set()
+            time.sleep(0.1)
+            out.write('"care": 2}')
+
+    writer = threading.Thread(target=write_slowly)
+    writer.start()
+    half.wait()
+    made = place.take()
+    writer.join()
+    assert made.status == "good", made.problems
+    assert json.loads(place.stored(made.id, "weights.json").read_text()) == {"speed": 1, "care": 2}
+
+
 # -- slots, events, bad input ---------------------------------------------------------------------------------------
 
 

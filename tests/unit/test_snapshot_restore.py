@@ -323,3 +323,24 @@ def test_damage_that_appears_while_staging_leaves_the_target_as_it_was(place: Pl
     assert content_of(place.root) == before
     assert os.listdir(place.root.parent) == ["z"]
     assert verify_snapshot(place.repo, made.id, NOON)
+
+
+def test_a_staged_file_that_comes_back_changed_leaves_the_target_as_it_was(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.take()
+    ruin(place)
+    before = content_of(place.root)
+    real = disk.sync_all
+
+    def lose_a_bit(fd: int) -> None:
+        real(fd)
+        staged = swap.beside(place.root).tree / "SOUL.md"
+        staged.write_bytes(staged.read_bytes().replace(b"who", b"whn"))
+
+    monkeypatch.setattr(disk, "sync_all", lose_a_bit)
+    with pytest.raises(SnapshotError, match="came back from the disk changed"):
+        restore(place)
+    assert content_of(place.root) == before
+    assert os.listdir(place.root.parent) == ["z"]
+    assert os.listdir(place.base / "evidence") == [], "nothing was replaced, so there is nothing to examine"

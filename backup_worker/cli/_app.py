@@ -8,7 +8,17 @@ from em_bridge.terminal import new_app
 
 app = new_app("Back up, prove and recover a fleet of AI agents.")
 
-GROUPS: tuple[str, ...] = ("setup", "services", "snapshots", "recovery", "changes", "status", "record", "demo")
+GROUPS: tuple[str, ...] = (
+    "setup",
+    "services",
+    "snapshots",
+    "recovery",
+    "changes",
+    "status",
+    "record",
+    "console_users",
+    "demo",
+)
 """The modules of this package that add commands, in the order in which `--help` shows them."""
 
 for _group in GROUPS:

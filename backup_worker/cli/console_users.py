@@ -1,0 +1,82 @@
+"""Who may log in to the console: user add, user list, user remove."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from em_bridge.errors import UsageError
+from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, group
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from backup_worker.console.users import Users
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The user's name.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add this group's commands to `app`."""
+    users = group(app, "user", "Who may log in to the console.")
+    users.command()(add)
+    users.command("list")(list_users)
+    users.command()(remove)
+
+
+def add(
+    name: NameArgument,
+    config: ConfigOption = DEFAULT_CONFIG,
+    password_stdin: Annotated[
+        bool, typer.Option("--password-stdin", help="Read the password from stdin, for scripts.")
+    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Give a known user a new password.")] = False,
+) -> None:
+    """Add a user; from the first one on, the console asks everybody to log in.
+
+    Example: `backup-worker user add kari`
+    """
+    users = _users(config)
+    users.add(name, _password(from_stdin=password_stdin), replace=replace)
+    typer.echo(f"{name} may log in to the console")
+
+
+def list_users(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+    """Show who may log in.
+
+    Example: `backup-worker user list`
+    """
+    names = _users(config).names()
+    nobody = "no users: the console is open to everybody on this machine, and to nobody else"
+    emit(
+        [{"name": name} for name in names],
+        as_json=as_json,
+        render=lambda _: typer.echo("\n".join(names) or nobody),
+    )
+
+
+def remove(name: NameArgument, config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Take a user out; sessions of that user end at once.
+
+    Example: `backup-worker user remove kari`
+    """
+    _users(config).remove(name)
+    typer.echo(f"{name} may no longer log in to the console")
+
+
+def _users(config_dir: Path) -> Users:
+    from backup_worker.config import load
+    from backup_worker.console.users import Users
+
+    return Users(load(config_dir).schedule.state / "console")
+
+
+def _password(*, from_stdin: bool) -> str:
+    if from_stdin:
+        return sys.stdin.readline().rstrip("\r\n")
+    if not sys.stdin.isatty():
+        raise UsageError("there is no terminal to ask for a password", hint="give --password-stdin")
+    entered: str = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+    return entered

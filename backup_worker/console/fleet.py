@@ -1,0 +1,185 @@
+"""The fleet on one page: what is known of each agent, and how bad it is. Pure, but for `look`, which asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from backup_worker import alerts, maintain, queues, schedule
+from backup_worker.config import AgentConfig, Tier
+from backup_worker.console.live import View
+from backup_worker.recovery.incident import Incident, IncidentStore
+from em_bridge import streams
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+    from backup_worker.snapshots import Head
+
+ALIVE, DEGRADED, DEAD, UNKNOWN = "ALIVE", "DEGRADED", "DEAD", "UNKNOWN"
+
+
+@dataclass(frozen=True, slots=True)
+class TierCell:
+    """An agent's newest good snapshot in a tier; `limit_s` is the age at which it is overdue, None without a cron."""
+
+    tier: str
+    good: Head | None
+    newest: Head | None
+    age_s: float | None
+    limit_s: float | None
+    overdue: str | None
+    failing: bool
+
+    @property
+    def tone(self) -> str:
+        """`bad`, `warn`, `good` or `none`."""
+        if self.overdue or self.failing:
+            return "bad"
+        if self.newest is not None and not self.newest.is_good:
+            return "warn"
+        return "good" if self.good else "none"
+
+    @property
+    def percent(self) -> int | None:
+        """How much of the allowed age is used up, 0 to 100."""
+        if self.age_s is None or not self.limit_s:
+            return None
+        return max(0, min(100, round(100 * self.age_s / self.limit_s)))
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One agent."""
+
+    name: str
+    config: AgentConfig
+    state: str
+    since: float | None
+    reason: str
+    last_beat: float | None
+    incident: Incident | None
+    tiers: tuple[TierCell, ...]
+    needed_by: tuple[str, ...] = ()
+
+    @property
+    def tone(self) -> str:
+        """`bad`, `warn`, `good` or `none`: the worst of what is known."""
+        if self.state == DEAD or self.incident is not None or any(cell.tone == "bad" for cell in self.tiers):
+            return "bad"
+        if self.state == DEGRADED or any(cell.tone == "warn" for cell in self.tiers):
+            return "warn"
+        return "good" if self.state == ALIVE else "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The page `/`."""
+
+    cards: tuple[Card, ...]
+    states: Mapping[str, int]
+    statuses: Mapping[str, int]
+    runs: tuple[tuple[str, Tier, float | None], ...]
+    overdue: int
+    alerts: tuple[alerts.OpenAlert, ...] = ()
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    lag_s: float | None = None
+    dead_letters: int | None = None
+
+
+def read_states(client: Redis) -> dict[str, dict[str, Any]]:
+    """Return what the EM's monitor last wrote of each agent, by lower-case id."""
+    stored: Any = client.hgetall(streams.STATES)
+    return {name.decode().lower(): msgpack.unpackb(value) for name, value in stored.items()}
+
+
+def open_incidents(client: Redis) -> dict[str, Incident]:
+    """Return the open incident of each agent that has one."""
+    store = IncidentStore(client)
+    return {agent: store.get(identifier) for agent, identifier in store.open_ids().items()}
+
+
+def queue_lengths(client: Redis) -> dict[str, int]:
+    """Return how many jobs wait in each queue that exists, the three of every installation first."""
+    stored: Any = client.smembers("rq:queues")
+    others = sorted(name.decode(errors="replace").removeprefix("rq:queue:") for name in stored)
+    names = dict.fromkeys([*queues.QUEUES, *others])
+    return {name: int(client.llen(f"rq:queue:{name}")) for name in names}
+
+
+def age_limit_s(tier: Tier, zone: str, grace_s: float, now: float) -> float | None:
+    """Return the age at which a snapshot of `tier` is overdue: the time between two runs, and the grace."""
+    if tier.cron is None:
+        return None
+    return schedule.next_run(tier, zone, now) - schedule.previous_run(tier, zone, now) + grace_s
+
+
+def look(view: View) -> Fleet:
+    """Gather what is known now."""
+    config, now, zone = view.config, view.now, view.zone
+    states = view.known(read_states, {})
+    incidents = view.known(open_incidents, {})
+    overdue = maintain.missing_backups(view.runtime, now)
+    failing = view.runtime.repository.failing()
+    good, newest = newest_of(view.heads)
+    grace_s = config.schedule.limits.overdue_minutes * 60
+    limits = {name: age_limit_s(tier, zone, grace_s, now) for name, tier in config.schedule.tiers.items()}
+    cards = []
+    for name, agent in config.agents.items():
+        cells = tuple(
+            TierCell(
+                tier, good.get((name, tier)), newest.get((name, tier)),
+                now - good[name, tier].created_at if (name, tier) in good else None,
+                limits[tier], overdue[tier, name].slot if (tier, name) in overdue else None, (name, tier) in failing,
+            )
+            for tier in config.schedule.tiers
+        )  # fmt: skip
+        state = states.get(name.lower(), {})
+        cards.append(
+            Card(
+                name, agent, str(state.get("state", UNKNOWN)), state.get("since"), str(state.get("reason", "")),
+                state.get("last_beat"), incidents.get(name), cells,
+                tuple(other for other, its in config.agents.items() if name in its.depends_on),
+            )
+        )  # fmt: skip
+    return Fleet(
+        cards=tuple(cards),
+        states=Counter(card.state for card in cards),
+        statuses=Counter(status_of(head) for head in view.heads),
+        runs=next_runs(view),
+        overdue=len(overdue),
+        alerts=tuple(view.known(alerts.open_alerts, [])),
+        waiting=view.known(queue_lengths, {}),
+        lag_s=view.known(lambda _: maintain.oldest_waiting(view.runtime, now), None),
+        dead_letters=view.known(lambda client: int(client.xlen(streams.DEAD_LETTER)), None),
+    )
+
+
+def next_runs(view: View) -> tuple[tuple[str, Tier, float | None], ...]:
+    """Return each tier with the time of its next run (Unix seconds), None for those that wait for events."""
+    return tuple(
+        (name, tier, schedule.next_run(tier, view.zone, view.now) if tier.cron else None)
+        for name, tier in view.config.schedule.tiers.items()
+    )
+
+
+def newest_of(
+    heads: Iterable[Head],
+) -> tuple[dict[tuple[str, str], Head], dict[tuple[str, str], Head]]:
+    """Return by (agent, tier) the newest good snapshot, and the newest of any kind; `heads` are oldest first."""
+    good: dict[tuple[str, str], Head] = {}
+    newest: dict[tuple[str, str], Head] = {}
+    for head in heads:
+        newest[head.agent, head.tier] = head
+        if head.is_good:
+            good[head.agent, head.tier] = head
+    return good, newest
+
+
+def status_of(head: Head) -> str:
+    """Return the status as the console shows it: damage that was found since counts more than what it was."""
+    return "damaged" if head.damaged else head.status

@@ -1,0 +1,156 @@
+"""What a page works with: the configuration as it is now, Redis if it is there, the snapshots.
+
+One `Live` belongs to an application and is shared by its threads; one `View` belongs to a request. Redis is asked once
+at the beginning of a request whether it is there; whatever goes wrong with it later in the request is noted in the
+view, and the page says so, instead of failing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import redis.exceptions
+from flask import current_app, g
+
+from backup_worker.config import ConfigWatch
+from backup_worker.console.users import Users
+from backup_worker.runtime import Runtime
+from em_bridge import clock, connection
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+    from backup_worker.config import Config
+    from backup_worker.snapshots import Head
+
+SOCKET_TIMEOUT_S = 2.0
+"""How long a page waits for Redis: a person who looks at the console while Redis hangs must see that soon."""
+
+HEADS_FRESH_S = 1.0
+"""For how long the list of snapshots is taken from memory: pages refresh by themselves, in several windows."""
+
+Known = TypeVar("Known")
+
+
+class Live:
+    """Configuration, Redis and snapshots of the running console."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._watch = ConfigWatch(runtime.config.directory, check_alerts=False)
+        self._lock = threading.Lock()
+        self._url = runtime.redis_url
+        # Never retried: a page that waits is worse than a page with a banner.
+        self.client: Redis | None = (
+            connection.connect(self._url, retrying=False, socket_timeout_s=SOCKET_TIMEOUT_S)
+            if self._url
+            else runtime.client
+        )
+        self._heads: list[Head] = []
+        self._heads_until = 0.0
+        self._heads_of: object = None
+
+    @property
+    def address(self) -> str:
+        """Where Redis is, without its password."""
+        return connection.address(self.client) if self.client is not None else "nowhere"
+
+    def config(self) -> tuple[Config, str | None]:
+        """Return the configuration in force, and what is wrong with a newer edit."""
+        with self._lock:
+            self._watch.refresh()
+            error = self._watch.error
+            return self._watch.current, error.message if error else None
+
+    def runtime(self, config: Config, client: Redis | None) -> Runtime:
+        """Return a runtime of `config` on `client`."""
+        return Runtime(config, client, self._url)
+
+    def heads(self, runtime: Runtime) -> list[Head]:
+        """Return the snapshots, oldest first, not older than `HEADS_FRESH_S`."""
+        with self._lock:
+            root = runtime.repository.root
+            if self._heads_of != root or clock.monotonic() >= self._heads_until:
+                self._heads = runtime.repository.snapshots()
+                self._heads_of, self._heads_until = root, clock.monotonic() + HEADS_FRESH_S
+            return self._heads
+
+    def forget(self) -> None:
+        """Read the snapshots anew at the next question."""
+        with self._lock:
+            self._heads_until = 0.0
+
+
+@dataclass(slots=True)
+class View:
+    """One request's sight of things. `runtime.client` is None while Redis cannot be reached."""
+
+    live: Live
+    runtime: Runtime
+    now: float
+    redis_problem: str | None
+    config_problem: str | None
+
+    @classmethod
+    def open(cls, live: Live) -> View:
+        """Look at the configuration, and whether Redis is there."""
+        config, config_problem = live.config()
+        client, problem = live.client, None
+        try:
+            if client is None:
+                problem = "no server is configured"
+            else:
+                client.ping()
+        except redis.exceptions.RedisError as error:
+            translated = connection.translate(error, client) if client is not None else None
+            problem, client = translated.message if translated else "redis does not answer", None
+        return cls(live, live.runtime(config, client), clock.now(), problem, config_problem)
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.runtime.config
+
+    @property
+    def zone(self) -> str:
+        """The schedule's time zone."""
+        return self.config.schedule.timezone
+
+    @property
+    def heads(self) -> list[Head]:
+        """The snapshots, oldest first."""
+        return self.live.heads(self.runtime)
+
+    def known(self, ask: Callable[[Redis], Known], otherwise: Any) -> Known:
+        """Return what `ask` learns from Redis, or `otherwise` (an empty thing of that kind) while it is away."""
+        client, nothing = self.runtime.client, cast(Known, otherwise)
+        if client is None:
+            return nothing
+        try:
+            return ask(client)
+        except redis.exceptions.RedisError as error:
+            translated = connection.translate(error, client)
+            self.redis_problem = translated.message if translated else f"redis: {error}"
+            return nothing
+
+
+def live() -> Live:
+    """Return the application's `Live`."""
+    found: Live = current_app.extensions["backup-worker-live"]
+    return found
+
+
+def view() -> View:
+    """Return the request's `View`."""
+    if "view" not in g:
+        g.view = View.open(live())
+    found: View = g.view
+    return found
+
+
+def users() -> Users:
+    """Return the console's users, of the configuration in force."""
+    config, _ = live().config()
+    return Users(config.schedule.state / "console")

@@ -1,0 +1,254 @@
+"""The lock on the door: login, sessions, CSRF, the Host header, and what browsers are told to refuse.
+
+Every request passes `guard` first. With users, everything but the login page, the style sheet and `/healthz` needs a
+session (or, for `/metrics`, a name and password by HTTP Basic). Without users the console belongs to this machine
+alone, and `guard` answers only to names of this machine, so that no foreign page can reach it by rebinding a name.
+Every POST needs the session's token. A session ends with its user, with its user's password, and after `SESSION_S`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hmac
+import secrets
+import threading
+from collections import deque
+from typing import Any
+from urllib.parse import urlsplit
+
+from flask import (
+    Flask,
+    Response,
+    abort,
+    current_app,
+    flash,
+    g,
+    redirect,
+    render_template,
+    request,
+    session,
+    url_for,
+)
+from flask.sessions import SecureCookieSessionInterface
+from werkzeug.wrappers import Response as AnyResponse
+
+from backup_worker.console.live import users, view
+from em_bridge import clock
+
+SESSION_S = 12 * 3600
+COOKIE = "agent_backup_session"
+TRIES, TRIES_WINDOW_S = 5, 300.0
+"""Failed logins from one address, within so many seconds, before it has to wait."""
+
+MAX_PASSWORD_LENGTH = 1024
+_OPEN_ENDPOINTS = frozenset({"static", "login", "healthz"})
+_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+POLICY = {
+    "default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self'",
+    "connect-src": "'self'", "font-src": "'self'", "form-action": "'self'", "frame-ancestors": "'none'",
+    "base-uri": "'none'",
+}  # fmt: skip
+
+
+class Sessions(SecureCookieSessionInterface):
+    """Signed cookies that are `Secure` where the request came over TLS."""
+
+    def get_cookie_secure(self, app: Flask) -> bool:
+        """Tell whether the cookie may only travel over TLS; over plain HTTP on loopback it would then be lost."""
+        return request.is_secure
+
+
+class LoginLimit:
+    """Counts failed logins by address, in memory."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failures: dict[str, deque[float]] = {}
+
+    def wait_s(self, address: str, now: float) -> int:
+        """Return for how many seconds `address` has to wait before it may try again."""
+        with self._lock:
+            failures = self._recent(address, now)
+            return int(failures[0] + TRIES_WINDOW_S - now) + 1 if len(failures) >= TRIES else 0
+
+    def failed(self, address: str, now: float) -> None:
+        """Note a failed login."""
+        with self._lock:
+            if len(self._failures) > 10_000:
+                self._failures = {key: kept for key in self._failures if (kept := self._recent(key, now))}
+            self._failures.setdefault(address, deque(maxlen=TRIES)).append(now)
+
+    def _recent(self, address: str, now: float) -> deque[float]:
+        failures = self._failures.get(address, deque())
+        while failures and now - failures[0] >= TRIES_WINDOW_S:
+            failures.popleft()
+        return failures
+
+
+def secure(app: Flask, *, loopback: bool) -> None:
+    """Put the lock on `app`; `loopback`: it listens on this machine's own address."""
+    app.secret_key = _secret(app)
+    app.session_interface = Sessions()
+    app.config.update(
+        SESSION_COOKIE_NAME=COOKIE, SESSION_COOKIE_HTTPONLY=True, SESSION_COOKIE_SAMESITE="Lax",
+        CONSOLE_LOOPBACK=loopback, CONSOLE_LIMIT=LoginLimit(),
+    )  # fmt: skip
+    app.before_request(guard)
+    app.after_request(add_headers)
+    app.add_url_rule("/login", "login", login, methods=["GET", "POST"])
+    app.add_url_rule("/logout", "logout", logout, methods=["POST"])
+    app.context_processor(
+        lambda: {
+            "csrf_token": csrf_token, "who": getattr(g, "who", None), "has_users": getattr(g, "has_users", True),
+        }
+    )  # fmt: skip
+
+
+def _secret(app: Flask) -> bytes:
+    with app.app_context():
+        return users().session_secret()
+
+
+def guard() -> AnyResponse | None:
+    """Let a request in, send it to the login page, or refuse it."""
+    if not _host_is_ours():
+        abort(421, "this console answers to localhost only")
+    known = users()
+    g.has_users = bool(known.names())
+    if not g.has_users and not current_app.config["CONSOLE_LOOPBACK"]:
+        abort(403, "there is no user any more: add one with `backup-worker user add NAME`")
+    g.who = _who(g.has_users)
+    if request.method not in _SAFE_METHODS:
+        _check_origin_and_token()
+    if g.who is None and request.endpoint not in _OPEN_ENDPOINTS:
+        return _ask_for_login()
+    return None
+
+
+def _host_is_ours() -> bool:
+    if not current_app.config["CONSOLE_LOOPBACK"]:
+        return True
+    try:
+        return urlsplit(f"//{request.headers.get('Host', '')}").hostname in _LOCAL_NAMES
+    except ValueError:
+        return False
+
+
+def _who(has_users: bool) -> str | None:
+    """Return the user of this request: of the session, by HTTP Basic on /metrics, or this machine's own."""
+    if not has_users:
+        return getpass.getuser()
+    name, mark = session.get("user"), session.get("mark")
+    if isinstance(name, str) and isinstance(mark, str):
+        now_valid = users().mark(name)
+        fresh = clock.now() - float(session.get("since", 0)) < SESSION_S
+        if now_valid is not None and hmac.compare_digest(now_valid, mark) and fresh:
+            return name
+        session.clear()
+    if request.endpoint == "metrics" and request.authorization and request.authorization.type == "basic":
+        return _by_password(request.authorization.username or "", request.authorization.password or "")
+    return None
+
+
+def _by_password(name: str, password: str) -> str | None:
+    """Return `name` if the password is right; counts failures, and refuses with 429 what tries too often."""
+    limit: LoginLimit = current_app.config["CONSOLE_LIMIT"]
+    address = request.remote_addr or "?"
+    wait_s = limit.wait_s(address, clock.now())
+    if wait_s:
+        g.retry_after_s = wait_s
+        abort(429, f"too many failed logins; try again in {wait_s} s")
+    if len(password) <= MAX_PASSWORD_LENGTH and users().check(name, password):
+        return name
+    limit.failed(address, clock.now())
+    return None
+
+
+def _check_origin_and_token() -> None:
+    origin = request.headers.get("Origin")
+    if origin and origin != "null" and urlsplit(origin).netloc != request.host:
+        abort(403, "this request comes from another site")
+    given = request.headers.get("X-CSRFToken") or request.form.get("csrf_token", "")
+    if not hmac.compare_digest(given.encode(), csrf_token().encode()):
+        abort(403, "the page is out of date: reload it and try again")
+
+
+def _ask_for_login() -> AnyResponse:
+    if request.endpoint == "metrics":
+        return Response(
+            "a name and a password are needed\n", 401, {"WWW-Authenticate": "Basic realm=metrics"}
+        )
+    if request.method in _SAFE_METHODS and "text/html" in request.headers.get("Accept", "text/html"):
+        wanted = request.full_path.rstrip("?")
+        if request.headers.get("HX-Request"):
+            # A page that refreshes itself must not put the login form into its middle.
+            return Response("", 401, {"HX-Redirect": url_for("login")})
+        return redirect(url_for("login", next=wanted if wanted != "/" else None))
+    return abort(401, "log in first")
+
+
+def csrf_token() -> str:
+    """Return the session's token, made at the first question."""
+    token = session.get("csrf")
+    if not isinstance(token, str):
+        token = session["csrf"] = secrets.token_urlsafe(32)
+    return token
+
+
+def login() -> Any:
+    """Show the form, or let a user in."""
+    target = _local_path(request.values.get("next", ""))
+    if g.who is not None:
+        return redirect(target)
+    if request.method == "GET":
+        return render_template("login.html", next=target)
+    name = request.form.get("name", "").strip()
+    if _by_password(name, request.form.get("password", "")) is None:
+        flash("That name and password do not belong together.", "bad")
+        return render_template("login.html", next=target, name=name), 401
+    # A new session: what was known of the one before the login must be worth nothing.
+    session.clear()
+    session.update(user=name, mark=users().mark(name), since=clock.now())
+    view().runtime.record("action", action="login", by=name, via="console", address=request.remote_addr)
+    return redirect(target)
+
+
+def logout() -> Any:
+    """End the session."""
+    session.clear()
+    return redirect(url_for("login"))
+
+
+def _local_path(wanted: str) -> str:
+    """Return `wanted` if it is a path of this console; a redirect must never leave it."""
+    parts = urlsplit(wanted)
+    plain = wanted.startswith("/") and not wanted.startswith(("//", "/\\")) and wanted.isprintable()
+    return wanted if plain and not parts.netloc and not parts.scheme else url_for("pages.fleet_page")
+
+
+def script_nonce() -> str:
+    """Return this response's nonce for the inline scripts of the RQ dashboard; no other page has any."""
+    if "nonce" not in g:
+        g.nonce = secrets.token_urlsafe(16)
+    return str(g.nonce)
+
+
+def add_headers(response: AnyResponse) -> AnyResponse:
+    """Tell the browser what to refuse, and not to keep pages."""
+    policy = dict(POLICY)
+    if "nonce" in g:
+        policy["script-src"] += f" 'nonce-{g.nonce}'"
+    headers = response.headers
+    headers["Content-Security-Policy"] = "; ".join(f"{name} {rule}" for name, rule in policy.items())
+    headers["X-Frame-Options"] = "DENY"
+    headers["X-Content-Type-Options"] = "nosniff"
+    headers["Referrer-Policy"] = "same-origin"
+    headers["Cross-Origin-Opener-Policy"] = "same-origin"
+    headers["Permissions-Policy"] = "camera=(), geolocation=(), microphone=()"
+    is_static = (request.endpoint or "").endswith("static")
+    headers["Cache-Control"] = "public, max-age=3600" if is_static else "no-store"
+    if "retry_after_s" in g:
+        headers["Retry-After"] = str(g.retry_after_s)
+    return response

@@ -1,0 +1,234 @@
+"""A small fleet with a past, for the tests of the console: made by the real engine on a real server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgpack
+import waitress
+from redis import Redis
+
+from backup_worker import backups
+from backup_worker.config import load
+from backup_worker.console import create_app
+from backup_worker.console.users import Users
+from backup_worker.recovery.incident import (
+    DEPEND,
+    FENCE,
+    PROVE,
+    RECOVERED,
+    RESTORE,
+    SELECT,
+    START,
+    IncidentStore,
+)
+from backup_worker.runtime import Runtime
+from backup_worker.snapshots import verify_snapshot
+from em_bridge import Publisher, events, streams
+from em_bridge.connection import connect
+
+AGENTS = ("em", "z", "jay", "rick", "leroy")
+DAY = 86400.0
+PASSWORD = "correct horse battery"
+
+
+@dataclass
+class World:
+    """A configuration with agents on disk, and the server behind it."""
+
+    folder: Path
+    url: str
+
+    @property
+    def config_dir(self) -> Path:
+        return self.folder / "config"
+
+    @property
+    def runtime(self) -> Runtime:
+        return Runtime(load(self.config_dir), connect(self.url), self.url)
+
+    @property
+    def users(self) -> Users:
+        return Users(self.folder / "var" / "console")
+
+    def root(self, agent: str) -> Path:
+        return self.folder / "agents" / agent
+
+    def weights(self, agent: str) -> Path:
+        return self.root(agent) / "priority_weights.json"
+
+
+def make_world(folder: Path, url: str, agents: tuple[str, ...] = AGENTS) -> World:
+    """Write a configuration and the agents' files."""
+    world = World(folder, url)
+    world.config_dir.mkdir(parents=True)
+    schedule = {
+        "timezone": "Europe/Oslo", "repository": "../backups", "history": "../backups/system-history.jsonl",
+        "state": "../var", "alerts": ["json://someone:s3cret-word@127.0.0.1:9/alerts"],
+        "limits": {"reserve_bytes": 0},
+    }  # fmt: skip
+    entries = {}
+    for name in agents:
+        root = world.root(name)
+        (root / "memory").mkdir(parents=True)
+        (root / "SOUL.md").write_text(f"# {name}\n\nBe useful.\nBe honest.\n")
+        (root / "memory" / "facts.md").write_text("the sky is blue\n" * 40)
+        world.weights(name).write_text(json.dumps({"urgency": 0.5, "impact": 0.3, "novelty": 0.2}, indent=2))
+        entries[name] = {
+            "root": str(root), "required": ["SOUL.md", "priority_weights.json"], "critical": name in ("em", "z"),
+            "files": {"charter": ["SOUL.md"], "weights": ["priority_weights.json"], "memory": ["memory/**"],
+                      "rules": ["rules/**"]},
+            "depends_on": [] if name == "em" else ["em"] if name == "z" else ["z"],
+        }  # fmt: skip
+    (world.config_dir / "backup_schedule.json").write_text(json.dumps(schedule))
+    (world.config_dir / "agents.json").write_text(json.dumps({"agents": entries}))
+    return world
+
+
+def live_through(world: World, now: float, days: int = 10) -> None:
+    """Give the fleet a past: backups of some days, good and not, a change, a recovery, alerts, messages."""
+    runtime = world.runtime
+    for age in range(days, 0, -1):
+        at = now - age * DAY
+        slot = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
+        for name in runtime.config.agents:
+            if name == "leroy" and age == 4:
+                continue
+            weights = json.loads(world.weights(name).read_text())
+            world.weights(name).write_text(
+                json.dumps({**weights, "urgency": round(0.5 + 0.01 * age, 2)}, indent=2)
+            )
+            broken = name == "rick" and age == 1
+            if broken:
+                world.weights(name).write_text("")
+            backups.scheduled(runtime, name, "daily", slot, now=at)
+            if broken:
+                world.weights(name).write_text(json.dumps(weights, indent=2))
+    for name in runtime.config.agents:
+        backups.by_hand(runtime, name, "weekly", now=now - 2 * DAY)
+    heads = runtime.repository.snapshots("jay", "daily")
+    runtime.repository.pin(heads[2].id)
+    spoiled = runtime.repository.path(heads[5].id) / "files" / "priority_weights.json"
+    spoiled.chmod(0o600)
+    spoiled.write_bytes(b'{"urgency": 9}')
+    verify_snapshot(runtime.repository, heads[5].id, now)
+    _talk(runtime, now)
+    _recover(runtime, now)
+
+
+def _talk(runtime: Runtime, now: float) -> None:
+    client = runtime.redis
+    for name, state in zip(
+        runtime.config.agents, ("ALIVE", "ALIVE", "DEGRADED", "DEAD", "ALIVE"), strict=False
+    ):
+        known = {
+            "state": state, "since": now - 4000, "reason": "" if state == "ALIVE" else "no heartbeat for 60 s",
+            "incarnation": f"{name}-1", "last_beat": now - 2, "last_entry": "1-1",
+        }  # fmt: skip
+        client.hset(streams.STATES, name, msgpack.packb(known))
+    for group, stream in (
+        (streams.DISPATCHER_GROUP, streams.CONFIG_CHANGE),
+        (streams.ROUTER_GROUP, streams.MESSAGES),
+    ):
+        streams.ensure_group(client, stream, group)
+    em = Publisher(client)
+    new = json.dumps({"urgency": 0.72, "impact": 0.18, "patience": 0.1}, indent=2).encode()
+    em.config_proposed(
+        "z-weights-7", "z", ["priority_weights.json", "SOUL.md"], "em", reason="too many urgent tasks were late",
+        proposed={"priority_weights.json": new, "SOUL.md": b"# z\n\nBe useful.\nBe honest.\nBe brief.\n"},
+    )  # fmt: skip
+    em.config_proposed("jay-rules-2", "jay", ["SOUL.md"], "em")
+    em.config_rejected("jay-rules-2", "kari", reason="not now")
+    for seq in range(1, 6):
+        streams.append(client, events.Message("z", "jay", seq, b"hello <b>jay</b>", now))
+    letter = streams.dead_letter(
+        "em:config-change",
+        "1-1",
+        "unknown type “config.guessed”",
+        {b"type": b"config.guessed", b"body": b"\xff\x00<i>"},
+        now,
+    )
+    streams.append(client, letter)
+    runtime.alert(
+        "missing/daily/leroy",
+        "critical",
+        "daily backup of leroy is missing",
+        "slot was due and is not there",
+        agent="leroy",
+    )
+    runtime.alert("dead-letter/1", "warning", "there are dead letters", "1 event could not be handled")
+
+
+def _recover(runtime: Runtime, now: float) -> None:
+    store = IncidentStore(runtime.redis)
+    steps = ((FENCE, "pid 4711 and 2 children are gone"), (SELECT, "daily and weekly of today"),
+             (RESTORE, "7 files, 1.4 KiB"),
+             (DEPEND, "em is verified"), (START, "pid 4712"), (PROVE, "3 beats of leroy-2"))  # fmt: skip
+    past, _ = store.open(
+        "leroy", token="20261101T070000-aaaa", now=now - 7200, reason="no heartbeat for 60 s", beat_mark="0-0"
+    )
+    for offset, (step, detail) in enumerate(steps):
+        past = past.noted(step, now - 7200 + 1 + offset, True, detail)
+    store.save(past.closed(RECOVERED, now - 7190, "0-0"), wake_at=None)
+    present, _ = store.open(
+        "rick", token="20261102T070000-bbbb", now=now - 40, reason="no heartbeat for 60 s", beat_mark="0-0"
+    )
+    present = present.noted(FENCE, now - 39, True, "pid 99 is gone").noted(
+        SELECT, now - 38, False, "weekly is damaged"
+    )
+    newest = runtime.repository.snapshots("rick", "weekly")[-1].id
+    store.save(replace(present.entering(SELECT), attempts=2, chosen=(newest,)), wake_at=now + 100)
+
+
+@contextmanager
+def served(world: World, *, loopback: bool = True) -> Iterator[str]:
+    """Serve the console on a free port; yield its address."""
+    app = create_app(world.runtime, loopback=loopback)
+    server = waitress.create_server(app, host="127.0.0.1", port=0, threads=6)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.effective_port}"
+    finally:
+        server.close()
+        thread.join(5)
+
+
+@contextmanager
+def worker(world: World, queue: str = "backup") -> Iterator[subprocess.Popen[bytes]]:
+    """Run a real worker process on one queue."""
+    command = [sys.executable, "-m", "backup_worker", "worker", "--config", str(world.config_dir),
+               "--redis-url", world.url, "--queue", queue, "--processes", "1"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: connect(world.url).smembers("rq:workers"))
+        yield process
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def until(true: Callable[[], object], timeout_s: float = 15.0) -> None:
+    """Wait until `true()`; fail if it does not come to that."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def basic(name: str, password: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()}
+
+
+def flush(client: Redis) -> None:
+    client.flushall()

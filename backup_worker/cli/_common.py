@@ -12,6 +12,7 @@ from em_bridge.errors import RedisUnavailable
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from backup_worker.config import Config
     from backup_worker.runtime import Runtime
@@ -40,15 +41,15 @@ def open_runtime(config_dir: Path, url: str | None) -> Runtime:
     return Runtime(config, client, address or connection.DEFAULT_URL)
 
 
-def try_runtime(config_dir: Path, url: str | None) -> Runtime:
-    """Like `open_runtime`, but with `client` None if Redis cannot be reached."""
+def try_runtime(config_dir: Path, url: str | None) -> tuple[Runtime, RedisUnavailable | None]:
+    """Like `open_runtime`; if Redis cannot be reached, with `client` None and the reason beside it."""
     from backup_worker.config import load
     from backup_worker.runtime import Runtime
 
     try:
-        return open_runtime(config_dir, url)
-    except RedisUnavailable:
-        return Runtime(load(config_dir))
+        return open_runtime(config_dir, url), None
+    except RedisUnavailable as error:
+        return Runtime(load(config_dir)), error
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -62,13 +63,23 @@ def new_table(title: str, *columns: str) -> Table:
     return table
 
 
+def coloured(text: str, colour: str) -> Text:
+    """Return `text` in `colour`, for a table's cell or for `show`."""
+    from rich.text import Text
+
+    return Text(text, style=colour)
+
+
 def show(*things: object) -> None:
-    """Print `things` on stdout: with colours and borders where there is a terminal, plain where there is none."""
+    """Print `things` on stdout: with colours and borders where there is a terminal, plain where there is none.
+
+    Text is printed as it is: what comes from the bus or from a file name may hold brackets, and is not markup.
+    """
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+        console = Console(highlight=False, markup=False, emoji=False, width=160)
     for thing in things:
         console.print(thing)
 

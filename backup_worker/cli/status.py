@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from em_bridge import clock
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -18,43 +21,48 @@ def add_commands(app: typer.Typer) -> None:
 def status(
     config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption = None, as_json: JsonOption = False
 ) -> None:
-    """Show whether everything is backed up and running; exit 1 if a backup is overdue.
+    """Show whether everything is backed up and running; exit 1 if a backup is overdue, 3 if Redis is away.
 
     Example: `backup-worker status --json`
     """
     from backup_worker.cli._common import try_runtime
     from backup_worker.status import overview
 
-    runtime = try_runtime(config, redis_url)
+    runtime, away = try_runtime(config, redis_url)
     result = overview(runtime, clock.now())
     zone = runtime.config.schedule.timezone
     emit(result, as_json=as_json, render=lambda facts: _print(facts, zone))
     if result["overdue"]:
         raise typer.Exit(1)
+    if away is not None:
+        raise away
 
 
 def _print(facts: dict[str, Any], zone: str) -> None:
-    from backup_worker.cli._common import age, moment, new_table, show
+    from backup_worker.cli._common import age, coloured, moment, new_table, show
 
     tiers = list(facts["next_runs"])
     table = new_table("newest good snapshot", "agent", *tiers)
     for row in facts["agents"]:
-        cells = []
+        cells: list[str | Text] = []
         for tier in tiers:
             cell = row["tiers"][tier]
             text = f"{age(cell['age_s'])} ago" if cell["age_s"] is not None else "none"
-            cells.append(f"[red]{text}, {cell['overdue']} is overdue[/]" if cell["overdue"] else text)
+            cells.append(
+                coloured(f"{text}, {cell['overdue']} is overdue", "red") if cell["overdue"] else text
+            )
         table.add_row(row["agent"], *cells)
     runs = ", ".join(f"{tier} {moment(at, zone)}" for tier, at in facts["next_runs"].items() if at)
     show(table, f"next runs ({zone}): {runs or 'none'}")
     if not facts["redis"]:
-        show("[yellow]Redis cannot be reached: queues, incidents and alerts are unknown[/]")
+        show(coloured("Redis cannot be reached: queues, incidents and alerts are unknown", "yellow"))
         return
     waiting = ", ".join(f"{name} {count}" for name, count in facts["queues"].items())
     show(
         f"jobs waiting: {waiting}; oldest event waits {age(facts['lag_s'])}; dead letters: {facts['dead_letters']}"
     )
     for incident in facts["incidents"]:
-        show(f"[yellow]open incident[/] {incident['id']} in {incident['phase']}: {incident['reason']}")
+        text = f" {incident['id']} in {incident['phase']}: {incident['reason']}"
+        show(coloured("open incident", "yellow").append(text, "default"))
     for alert in facts["alerts"]:
-        show(f"[red]alert[/] {alert['severity']}: {alert['title']}")
+        show(coloured("alert", "red").append(f" {alert['severity']}: {alert['title']}", "default"))

@@ -6,18 +6,22 @@ marks are watched, so that of two dispatchers with the same entries only one get
 so that a second delivery makes no second job. A crash before the transaction repeats it; after it there is nothing left
 to do. A lost reply looks like a failure here, and the marks tell on the next reading.
 
-What a dead dispatcher left pending is claimed once it has been idle for `CLAIM_IDLE_S`; an entry that was delivered
-more than `MAX_DELIVERIES` times is a dead letter, so that one which kills its reader cannot do so for ever.
+What a dead dispatcher left pending is claimed once it has been idle for `CLAIM_IDLE_S`. An entry that was delivered
+`MAX_DELIVERIES` times is a dead letter, so that one which kills its reader cannot do so for ever; one that was left
+before is claimed and handed off by itself, so that it takes no other with it.
+
+While Redis is away, loading, read-only or full the dispatcher waits and goes on. Anything else ends it, loudly.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +30,8 @@ from rq.job import Retry
 from rq.queue import Queue
 
 from backup_worker import due, queues
-from em_bridge import clock, events, streams
-from em_bridge.errors import AgentBackupError, InvalidEvent
+from em_bridge import clock, connection, events, streams
+from em_bridge.errors import AgentBackupError, InvalidEvent, RedisRefused
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -38,7 +42,7 @@ STREAMS = (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM)
 GROUP = streams.DISPATCHER_GROUP
 BATCH = 100
 BLOCK_MS = 1000
-CLAIM_IDLE_S = 5.0
+CLAIM_IDLE_S = 4.0
 CLAIM_EVERY_S = 1.0
 MAX_DELIVERIES = 5
 MARK_TTL_S = 30 * 24 * 3600
@@ -49,6 +53,9 @@ RUNS = 3
 JOB_TIMEOUT_S = 3600
 RESULT_TTL_S = 3600
 FAILURE_TTL_S = 7 * 24 * 3600
+
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,255}")
+"""What RQ takes as a job id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,7 @@ class Job:
 
 def plan(stream: str, entry_id: str, event: events.Event) -> Job:
     """Return the one job that `event` becomes. Pure; raises InvalidEvent for an event nobody here handles."""
-    job_id = f"{stream.removeprefix('em:')}_{entry_id}"
+    job_id = _job_id(stream, entry_id)
     at = streams.entry_time(entry_id)
     match event:
         case events.AgentState(agent=agent, state=state):
@@ -79,7 +86,10 @@ def plan(stream: str, entry_id: str, event: events.Event) -> Job:
             return Job(queues.BACKUP, "config_change", args, job_id, f"{event.type} {event.change}")
         case due.BackupDue(tier=tier, slot=slot, agent=agent):
             args = {"tier": tier, "slot": slot, "agent": agent, "at": at}
-            return Job(queues.BACKUP, "backup", args, f"{tier}_{slot}_{agent}", f"{tier} backup of {agent}")
+            job_id = f"{tier}_{slot}_{agent}"
+            if not _JOB_ID.fullmatch(job_id):
+                raise InvalidEvent(f"{event.type}: the tier or the slot of “{job_id[:80]}” cannot be one")
+            return Job(queues.BACKUP, "backup", args, job_id, f"{tier} backup of {agent}")
         case due.IncidentDue(incident=incident):
             return Job(queues.RECOVERY, "incident", {"incident": incident}, job_id, f"advance {incident}")
         case due.MaintenanceDue(task=task):
@@ -124,14 +134,18 @@ class Dispatcher:
                 if not reachable:
                     log.info("redis is back; dispatching goes on")
                 reachable, pause_s = True, 0.2
-            except redis.exceptions.ResponseError as error:
-                if not str(error).startswith("NOGROUP"):
+            except redis.exceptions.RedisError as error:
+                if str(error).startswith("NOGROUP"):
+                    # The server lost its data. The streams are new, and so must be the groups.
+                    self._next_claim = 0.0
+                    continue
+                translated = connection.translate(error, self.client)
+                if translated is None:
                     raise
-                # The server lost its data. The streams are new, and so must be the groups.
-                self._next_claim = 0.0
-            except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+                if isinstance(translated, RedisRefused):
+                    raise translated from error
                 if reachable:
-                    log.warning("redis is away, waiting for it: %s", error)
+                    log.warning("waiting: %s", translated.message)
                 reachable = False
                 self._reread = True
                 stop.wait(pause_s)
@@ -146,7 +160,7 @@ class Dispatcher:
         now = clock.monotonic()
         if now >= self._next_claim:
             self._next_claim = now + CLAIM_EVERY_S
-            claimed = self._hand_off(self._claim())
+            claimed = sum(self._hand_off(entries) for entries in self._claim())
             if claimed:
                 log.info("claimed %d entries that another dispatcher left", claimed)
         return self._hand_off(self._read(">", block_ms=block_ms))
@@ -156,29 +170,33 @@ class Dispatcher:
             GROUP, self.consumer, dict.fromkeys(STREAMS, position), count=BATCH, block=block_ms
         )
         return [
-            Entry(stream.decode(), entry_id.decode(), fields)
+            # No fields: it is pending for us, and somebody has removed it from the stream.
+            Entry(stream.decode(), entry_id.decode(), fields or {})
             for stream, entries in answer or ()
             for entry_id, fields in entries
         ]
 
-    def _claim(self) -> list[Entry]:
-        claimed = []
+    def _claim(self) -> Iterator[list[Entry]]:
+        """Yield what to hand off together of that which others left pending, each part claimed when it is asked for."""
         idle_ms = int(CLAIM_IDLE_S * 1000)
         for stream in STREAMS:
-            answer: Any = self.client.xautoclaim(
-                stream, GROUP, self.consumer, min_idle_time=idle_ms, count=BATCH
-            )
-            entries = [(entry_id.decode(), fields) for entry_id, fields in answer[1] if fields]
-            if not entries:
-                continue
-            pending: Any = self.client.xpending_range(
-                stream, GROUP, min=entries[0][0], max=entries[-1][0], count=BATCH, consumername=self.consumer
-            )
-            times = {row["message_id"].decode(): row["times_delivered"] for row in pending}
-            claimed += [
-                Entry(stream, entry_id, fields, times.get(entry_id, 1)) for entry_id, fields in entries
-            ]
-        return claimed
+            more = True
+            while more:
+                pending: Any = self.client.xpending_range(
+                    stream, GROUP, min="-", max="+", count=BATCH, idle=idle_ms
+                )
+                more = len(pending) == BATCH
+                delivered = {row["message_id"]: row["times_delivered"] for row in pending}
+                # Left more than once: perhaps by a reader that it killed.
+                alone = [[entry_id] for entry_id, times in delivered.items() if times >= 2]
+                together = [entry_id for entry_id, times in delivered.items() if times < 2]
+                for ids in [together, *alone] if together else alone:
+                    rows: Any = self.client.xclaim(stream, GROUP, self.consumer, idle_ms, ids)
+                    yield [
+                        Entry(stream, entry_id.decode(), fields, delivered[entry_id] + 1)
+                        for entry_id, fields in rows
+                        if fields
+                    ]
 
     def _hand_off(self, entries: Sequence[Entry]) -> int:
         """Hand off `entries` in one transaction; return how many there were."""
@@ -243,7 +261,12 @@ def _plan(entry: Entry) -> Job | str:
 
 
 def _mark(entry: Entry, job: Job | str) -> str:
-    return "backup:handed-off:" + (job.id if isinstance(job, Job) else f"dead_{entry.stream}_{entry.id}")
+    # A dead letter and the job of the same event share the mark: there is never both.
+    return "backup:handed-off:" + (job.id if isinstance(job, Job) else _job_id(entry.stream, entry.id))
+
+
+def _job_id(stream: str, entry_id: str) -> str:
+    return f"{stream.removeprefix('em:')}_{entry_id}"
 
 
 def _rq_job(job: Job) -> Any:

@@ -48,6 +48,8 @@ MAX_JOB_BYTES = 4 * 1024 * 1024
 STUCK_AFTER_S = 3.0
 """How long a job may lie between queue and worker before it counts as dropped by a killed worker."""
 
+SEEN_TTL_S = 10
+"""How long it is remembered that a job was seen there: soon forgotten, because the same id may come that way again."""
 
 MAINTENANCE_LOCK_S = 10
 """How long a worker killed in the middle of cleaning a queue keeps the others from it; RQ would have it 15 minutes."""
@@ -174,10 +176,9 @@ class _HealedIntermediateQueue(IntermediateQueue):
                     log.warning("job %s was dropped on its way to a worker; it is back in its queue", job_id)
 
     def set_first_seen(self, job_id: str) -> bool:
-        """Note that the job was seen here; soon forgotten, because the same id may come this way again."""
-        seconds = int(STUCK_AFTER_S * 3)
+        """Note that the job was seen here; return whether that is news."""
         key = self.get_first_seen_key(job_id)
-        return bool(self.connection.set(key, rq_now().timestamp(), nx=True, ex=seconds))
+        return bool(self.connection.set(key, rq_now().timestamp(), nx=True, ex=SEEN_TTL_S))
 
     def _is_stuck(self, job_id: str) -> bool:
         first_seen = self.get_first_seen(job_id)

@@ -160,14 +160,14 @@ class Fleet:
     def open(self, agent: str, reason: str = "test") -> Incident:
         return self.service.open(agent, reason)
 
-    def drive(self, *incidents: str, within_s: float = 30.0) -> list[Incident]:
+    def drive(self, *incidents: str, within_s: float = 30.0, pause_s: float = 0.02) -> list[Incident]:
         """Advance incidents until they are closed, as workers do that are woken very often; return them."""
         service = self.service
 
         def all_closed() -> bool:
-            return not any(service.advance(incident).is_open for incident in incidents)
+            return not any([service.advance(incident).is_open for incident in incidents])
 
-        wait_for(all_closed, f"{', '.join(incidents)} to be closed", within_s=within_s)
+        wait_for(all_closed, f"{', '.join(incidents)} to be closed", within_s=within_s, pause_s=pause_s)
         return [service.store.get(incident) for incident in incidents]
 
     def recover(self, agent: str) -> Incident:
@@ -181,11 +181,13 @@ class Fleet:
         return [line for line in self.runtime.history.read() if line["kind"] == kind]
 
 
-def wait_for(condition: Callable[[], bool], what: str, *, within_s: float = 15.0) -> None:
+def wait_for(
+    condition: Callable[[], bool], what: str, *, within_s: float = 15.0, pause_s: float = 0.02
+) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
+        time.sleep(pause_s)
 
 
 def steps(incident: Incident) -> list[str]:

@@ -1,0 +1,381 @@
+"""Finding, ending and starting real processes of every unpleasant kind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from backup_worker.recovery import processes
+from backup_worker.recovery.processes import Agent, FenceFailed
+from em_bridge.errors import AgentBackupError
+from tests.living_fleet import wait_for
+
+URL = "redis://127.0.0.1:1/0"
+
+READY = 'import os, signal, sys, time\ndef ready(): open(sys.argv[1] + str(os.getpid()), "w").close()\n'
+
+STUBBORN = READY + "signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(60)"
+SLEEPER = READY + "ready(); time.sleep(60)"
+POLITE = (
+    READY + 'signal.signal(signal.SIGTERM, lambda *_: (open("goodbye", "w").close(), sys.exit(0)))\n'
+    "ready(); time.sleep(60)"
+)
+FAMILY = READY + (
+    "for depth in range(2):\n"
+    "    if os.fork() == 0:\n"
+    "        os.setsid()\n"
+    "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "        ready(); time.sleep(60); os._exit(0)\n"
+    "ready(); time.sleep(60)"
+)
+DAEMON = READY + (
+    "if os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\nready(); time.sleep(60)"
+)
+NAMELESS = READY + (
+    "if os.fork(): os._exit(0)\n"
+    'os.execve(sys.executable, ["x", "-c", "import sys, os, time;"\n'
+    "    \"open(sys.argv[1] + str(os.getpid()), 'w').close(); time.sleep(60)\", sys.argv[1]], {})\n"
+)
+
+
+class Place:
+    """One agent whose program is given as text, and who is ready when it says so."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.ready = base / "ready"
+        self.ready.mkdir()
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def agent(self, program: str = SLEEPER, name: str = "z") -> Agent:
+        root = self.base / name
+        root.mkdir(exist_ok=True)
+        (root / "agent.py").write_text(program)
+        return Agent(name, root, (sys.executable, "agent.py", f"{self.ready}/"), self.base / "var")
+
+    def start(self, agent: Agent, ready: int = 1) -> int:
+        before = len(self.pids)
+        pid = processes.start(agent, redis_url=URL)
+        self.await_ready(before + ready)
+        return pid
+
+    def by_hand(
+        self, *command: str | Path, cwd: Path, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        before = len(self.pids)
+        self.started.append(subprocess.Popen(list(map(str, command)), cwd=cwd, env=env))
+        self.await_ready(before + 1)
+        return self.started[-1]
+
+    @property
+    def pids(self) -> list[int]:
+        return [int(path.name) for path in self.ready.iterdir()]
+
+    def await_ready(self, count: int) -> None:
+        wait_for(lambda: len(self.pids) >= count, f"{count} processes")
+
+    def alive(self) -> list[int]:
+        return [pid for pid in self.pids if is_alive(pid)]
+
+    def close(self) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            process.kill()
+            process.wait()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    place.close()
+
+
+def pids_of(agent: Agent) -> set[int]:
+    return {running.pid for running in processes.find_agent(agent)}
+
+
+# ── ending ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_agent_may_say_goodbye_before_it_ends(place: Place) -> None:
+    agent = place.agent(POLITE)
+    pid = place.start(agent)
+    assert [one.pid for one in processes.fence(agent)] == [pid]
+    assert (agent.root / "goodbye").exists()
+    assert processes.find_agent(agent) == []
+
+
+def test_what_ignores_term_is_killed_after_its_grace(place: Place) -> None:
+    agent = place.agent(STUBBORN)
+    pid = place.start(agent)
+    began = time.monotonic()
+    processes.fence(agent, term_grace_s=0.3)
+    assert 0.3 <= time.monotonic() - began < 3
+    assert not is_alive(pid)
+
+
+def test_a_stopped_process_is_continued_so_that_it_can_obey(place: Place) -> None:
+    agent = place.agent(POLITE)
+    pid = place.start(agent)
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, "the stop")
+    assert pids_of(agent) == {pid}
+    processes.fence(agent, term_grace_s=5)
+    assert (agent.root / "goodbye").exists()
+    assert not is_alive(pid)
+
+
+def test_a_zombie_is_not_alive(place: Place) -> None:
+    agent = place.agent()
+    process = place.by_hand(*agent.command, cwd=agent.root)
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, "a zombie")
+    assert processes.find_agent(agent) == []
+    assert processes.fence(agent) == []
+
+
+def test_grandchildren_in_sessions_of_their_own_end_too(place: Place) -> None:
+    agent = place.agent(FAMILY)
+    place.start(agent, ready=3)
+    assert pids_of(agent) == set(place.pids)
+    assert len(processes.fence(agent, term_grace_s=0.2)) == 3
+    assert place.alive() == []
+
+
+def test_a_daemon_that_forked_twice_is_found_after_its_starter_has_gone(place: Place) -> None:
+    agent = place.agent(DAEMON)
+    started = place.start(agent)
+    assert not is_alive(started)
+    assert pids_of(agent) == set(place.pids)
+    assert processes.strangers(agent, processes.find_agent(agent)) == []
+    processes.fence(agent)
+    assert place.alive() == []
+
+
+def test_a_child_without_name_and_environment_is_found_by_the_session(place: Place) -> None:
+    agent = place.agent(NAMELESS)
+    started = place.start(agent)
+    assert not is_alive(started)
+    assert pids_of(agent) == set(place.pids)
+    processes.fence(agent)
+    assert place.alive() == []
+
+
+def test_a_step_of_the_clock_does_not_hide_the_session(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = place.agent(NAMELESS)
+    place.start(agent)
+    boot = psutil.boot_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot + 3600)
+    assert pids_of(agent) == set(place.pids)
+
+
+def test_what_cannot_be_ended_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = place.agent()
+    pid = place.start(agent)
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", forbidden)
+    monkeypatch.setattr(processes, "KILL_GRACE_S", 0.1)
+    with pytest.raises(FenceFailed, match=f"pid {pid} "):
+        processes.fence(agent, term_grace_s=0.1)
+
+
+def test_a_number_that_changed_hands_after_it_was_found_is_not_signalled(place: Place) -> None:
+    agent = place.agent()
+    innocent = place.start(place.agent(name="innocent"))
+    processes._signal_and_wait(agent, [innocent], signal.SIGKILL, 0.2)
+    time.sleep(0.1)
+    assert is_alive(innocent)
+
+
+# ── finding ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_started_by_hand_with_the_configured_command_is_found_and_ended(place: Place) -> None:
+    agent = place.agent()
+    process = place.by_hand(*agent.command, cwd=agent.root)
+    assert pids_of(agent) == {process.pid}
+    assert processes.find(agent.name, agent.root, command=agent.command)[0].pid == process.pid
+    processes.fence(agent)
+    assert not is_alive(process.pid)
+
+
+def test_one_started_by_hand_from_another_folder_by_the_whole_path_is_found(place: Place) -> None:
+    agent = place.agent()
+    process = place.by_hand(
+        "/usr/bin/env", "python3", "-u", agent.root / "agent.py", f"{place.ready}/", cwd=place.base
+    )
+    assert pids_of(agent) == {process.pid}
+
+
+def test_a_stranger_with_the_same_command_in_another_folder_is_left_alone(place: Place) -> None:
+    agent, stranger = place.agent(), place.agent(name="stranger")
+    process = place.by_hand(*stranger.command, cwd=stranger.root)
+    assert processes.find_agent(agent) == []
+    processes.fence(agent)
+    assert is_alive(process.pid)
+
+
+def test_an_agent_of_the_same_name_with_another_root_is_left_alone(place: Place) -> None:
+    agent, other = place.agent(), place.agent(name="other")
+    env = {**os.environ, "AGENT_ID": agent.name, "AGENT_ROOT": str(other.root)}
+    place.by_hand(*other.command, cwd=other.root, env=env)
+    assert processes.find_agent(agent) == []
+
+
+def test_somebody_who_only_reads_the_log_in_the_agents_folder_is_left_alone(place: Place) -> None:
+    agent = dataclasses.replace(place.agent(), command=("agent",))
+    (agent.root / "agent.log").write_text("")
+    reader = subprocess.Popen(["tail", "-f", "agent.log"], cwd=agent.root)
+    place.started.append(reader)
+    wait_for(lambda: psutil.Process(reader.pid).name() == "tail", "tail")
+    assert processes.find_agent(agent) == []
+
+
+def test_an_agent_that_another_agent_started_is_not_that_agents_child(place: Place) -> None:
+    jay = place.agent(name="jay")
+    em = place.agent(
+        READY + "import subprocess\n"
+        f"env = dict(os.environ, AGENT_ID='jay', AGENT_ROOT={str(jay.root)!r})\n"
+        f"subprocess.Popen({list(jay.command)!r}, cwd={str(jay.root)!r}, env=env)\n"
+        "ready(); time.sleep(60)",
+        name="em",
+    )
+    pid = place.start(em, ready=2)
+    assert pids_of(em) == {pid}
+    processes.fence(em)
+    assert len(processes.find_agent(jay)) == 1
+
+
+def test_a_record_whose_number_was_recycled_points_at_nobody(place: Place) -> None:
+    agent = place.agent()
+    innocent = place.start(place.agent(name="innocent"))
+    assert agent.record_file
+    assert agent.record_file.parent.is_dir()
+    mine = processes.read_record(place.agent(name="innocent"))
+    assert mine
+    for stale in (
+        dataclasses.replace(mine, started=mine.started - 1),
+        dataclasses.replace(mine, boot="an earlier one"),
+    ):
+        agent.record_file.write_text(json.dumps(dataclasses.asdict(stale)))
+        assert processes.find_agent(agent) == []
+        processes.fence(agent)
+        assert is_alive(innocent)
+    agent.record_file.write_text("{torn")
+    assert processes.find_agent(agent) == []
+
+
+def test_the_callers_ancestors_are_spared(place: Place) -> None:
+    # A shell in the agent's folder, with the agent's environment, that runs the command to restore it.
+    agent = place.agent()
+    program = (
+        "import subprocess, sys; from pathlib import Path; from backup_worker.recovery import processes as p;"
+        f"print([r.pid for r in p.find({agent.name!r}, Path({str(agent.root)!r}))])"
+    )
+    env = {**os.environ, "AGENT_ID": agent.name, "AGENT_ROOT": str(agent.root)}
+    shell = ["sh", "-c", f"{sys.executable} -c '{program.replace(chr(39), chr(34))}'; true"]
+    answer = subprocess.run(shell, env=env, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_a_second_one_beside_the_one_we_started_is_a_stranger(place: Place) -> None:
+    agent = place.agent(FAMILY)
+    place.start(agent, ready=3)
+    assert processes.strangers(agent, processes.find_agent(agent)) == []
+    (agent.root / "agent.py").write_text(SLEEPER)
+    process = place.by_hand(*agent.command, cwd=agent.root)
+    assert [one.pid for one in processes.strangers(agent, processes.find_agent(agent))] == [process.pid]
+
+
+# ── starting ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("command", "root", "reason"),
+    [
+        (("no-such-program",), "z", "no such file"),
+        ((sys.executable, "agent.py"), "nowhere", "no such file"),
+        (("./agent.py",), "z", "permission denied"),
+        ((), "z", "no start command"),
+    ],
+)
+def test_what_cannot_be_started_says_why(
+    place: Place, command: tuple[str, ...], root: str, reason: str
+) -> None:
+    place.agent()
+    agent = Agent("z", place.base / root, command, place.base / "var")
+    with pytest.raises(AgentBackupError, match=reason) as caught:
+        processes.start(agent, redis_url=URL)
+    assert caught.value.hint
+    assert processes.find_agent(agent) == []
+
+
+def test_it_runs_in_its_root_in_a_session_of_its_own_with_its_environment(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RQ_WORKER_ID", "secret")
+    agent = place.agent(READY + "print(os.getcwd(), os.environ, flush=True); ready(); time.sleep(60)")
+    pid = processes.start(agent, redis_url=URL, extra_env={"EXTRA": "1"})
+    place.await_ready(1)
+    process = psutil.Process(pid)
+    assert Path(process.cwd()) == agent.root
+    assert os.getsid(pid) == pid
+    environment = process.environ()
+    assert environment["AGENT_ID"] == "z"
+    assert environment["AGENT_ROOT"] == str(agent.root)
+    assert environment["REDIS_URL"] == URL
+    assert environment["EXTRA"] == "1"
+    assert not any(name.startswith("RQ_") for name in environment)
+
+
+def test_the_output_of_every_start_is_kept_and_the_log_is_rotated(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = place.agent(READY + "print('out', flush=True); print('err', file=sys.stderr); ready()")
+    place.start(agent)
+    wait_for(lambda: processes.last_log_lines(agent) == ["out", "err"], "the output")
+    place.start(agent)
+    wait_for(lambda: len(processes.last_log_lines(agent)) == 4, "the output of both")
+    assert processes.last_log_lines(agent, 1) == ["err"]
+    monkeypatch.setattr(processes, "LOG_LIMIT_BYTES", 10)
+    place.start(agent)
+    wait_for(lambda: processes.last_log_lines(agent) == ["out", "err"], "a new log")
+    assert agent.log_file
+    assert agent.log_file.with_suffix(".log.1").read_text() == "out\nerr\n" * 2
+    assert agent.log_file.stat().st_mode & 0o077 == 0
+
+
+def test_an_agent_outlives_the_worker_that_started_it(place: Place) -> None:
+    agent = place.agent()
+    child = os.fork()
+    if child == 0:
+        processes.start(agent, redis_url=URL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    place.await_ready(1)
+    assert pids_of(agent) == set(place.pids)
+    assert place.alive() == place.pids

@@ -43,19 +43,22 @@ class Event:
     stream: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for key, name, rule, optional in _layout(type(self)):
+        for key, name, rule, optional, _ in _layout(type(self)):
             value = getattr(self, name)
             if value is None and optional:
                 continue
             try:
-                object.__setattr__(self, name, rule(value))
+                checked = rule(value)
             except ValueError as problem:
                 raise InvalidEvent(f"{self.type}: “{key}” {problem}") from None
+            if checked is not value:
+                object.__setattr__(self, name, checked)
 
 
 E = TypeVar("E", bound=type[Event])
 _TYPES: dict[str, type[Event]] = {}
-_LAYOUTS: dict[type[Event], tuple[tuple[str, str, Callable[[Any], Any], bool], ...]] = {}
+_Layout = tuple[tuple[str, str, Callable[[Any], Any], bool, bool], ...]
+_LAYOUTS: dict[type[Event], _Layout] = {}
 
 
 def register(cls: E) -> E:
@@ -67,12 +70,18 @@ def register(cls: E) -> E:
     return cls
 
 
-def _layout(cls: type[Event]) -> tuple[tuple[str, str, Callable[[Any], Any], bool], ...]:
-    """Return (key on the wire, attribute, rule, may be None) of each field of `cls` that travels."""
+def _layout(cls: type[Event]) -> _Layout:
+    """Return (key on the wire, attribute, rule, may be None, is required) of each field of `cls` that travels."""
     layout = _LAYOUTS.get(cls)
     if layout is None:
         layout = tuple(
-            (f.metadata.get("key") or f.name, f.name, f.metadata["rule"], f.default is None)
+            (
+                f.metadata.get("key") or f.name,
+                f.name,
+                f.metadata["rule"],
+                f.default is None,
+                f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING,
+            )
             for f in dataclasses.fields(cls)  # type: ignore[arg-type]  # every subclass is a dataclass
             if "rule" in f.metadata
         )
@@ -204,7 +213,7 @@ class DeadLetter(Event):
 def to_wire(event: Event) -> dict[str, Any]:
     """Return the event's body as a map, without the optional keys that are not set."""
     body: dict[str, Any] = {}
-    for key, name, _, optional in _layout(type(event)):
+    for key, name, _, optional, _ in _layout(type(event)):
         value = getattr(event, name)
         if not (optional and value is None):
             body[key] = value
@@ -238,10 +247,11 @@ def decode(entry: Mapping[bytes, bytes], *, stream: str | None = None) -> Event:
         raise InvalidEvent(f"{cls.type}: does not belong on “{stream}”")
     body = _unpack(cls.type, entry.get(b"body"))
     values: dict[str, Any] = {}
-    for key, name, _, optional in _layout(cls):
-        if body.get(key) is not None:
-            values[name] = body[key]
-        elif not optional and _required(cls, name):
+    for key, name, _, _, required in _layout(cls):
+        value = body.get(key)
+        if value is not None:
+            values[name] = value
+        elif required:
             raise InvalidEvent(f"{cls.type}: “{key}” is missing")
     return cls(**values)
 
@@ -261,11 +271,6 @@ def _class_of(raw: object) -> type[Event]:
     if cls is None or len(raw) > 64:
         raise InvalidEvent(f"unknown type {check.shown(name)}")
     return cls
-
-
-def _required(cls: type[Event], name: str) -> bool:
-    field = cls.__dataclass_fields__[name]  # type: ignore[attr-defined]  # every subclass is a dataclass
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _unpack(kind: str, raw: object) -> dict[Any, Any]:
@@ -290,8 +295,12 @@ def _unpack(kind: str, raw: object) -> dict[Any, Any]:
         raise InvalidEvent(f"{kind}: the body is not a map")
     if len(body) != _announced(raw):
         raise InvalidEvent(f"{kind}: a key stands twice in the body")
-    _check_depth(kind, body)
+    if not _CONTAINERS.isdisjoint(map(type, body.values())):
+        _check_depth(kind, body)
     return body
+
+
+_CONTAINERS: Final = frozenset((dict, list))
 
 
 def _announced(raw: bytes) -> int:

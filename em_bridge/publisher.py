@@ -8,15 +8,18 @@ whether the last attempt arrived is unknown. A refusal (wrong password, missing 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import redis
 
 from em_bridge import clock, streams
 from em_bridge.connection import as_client, patiently, translate_errors
 from em_bridge.events import AgentState, ConfigApplied, ConfigApproved, ConfigProposed, ConfigRejected, Event
+
+BATCH: Final = 1000
+BATCH_BYTES: Final = 4 * 1024 * 1024
 
 
 class Publisher:
@@ -30,6 +33,8 @@ class Publisher:
         self._owned = url_or_client is None or isinstance(url_or_client, str)
         self._client = as_client(url_or_client, retrying=False)
         self._patience_s = patience_s
+        # The marker must outlive the last attempt of a call by far; afterwards nobody asks for it.
+        self._ttl_s = max(60.0, 4 * patience_s)
 
     def agent_state(
         self,
@@ -98,12 +103,30 @@ class Publisher:
     def publish(self, event: Event) -> str:
         """Append `event` to its stream, once; return the entry id."""
         once = uuid.uuid4().hex
-        # The marker must outlive the last attempt of this call by far; afterwards nobody asks for it.
-        ttl_s = max(600.0, 4 * self._patience_s)
 
         def attempt() -> str:
             with translate_errors(self._client):
-                return streams.append_once(self._client, event, once=once, ttl_s=ttl_s)
+                return streams.append_once(self._client, event, once=once, ttl_s=self._ttl_s)
+
+        return patiently(attempt, self._patience_s)
+
+    def publish_many(self, events: Iterable[Event]) -> list[str]:
+        """Append `events` to their streams, in order and each once; return the entry ids.
+
+        They go in batches, each all or none: if the call fails, the first ones may stand there.
+        """
+        found: list[str] = []
+        every = iter(events)
+        while batch := _batch(every):
+            found += self._append(batch)
+        return found
+
+    def _append(self, events: Sequence[Event]) -> list[str]:
+        once = uuid.uuid4().hex
+
+        def attempt() -> list[str]:
+            with translate_errors(self._client):
+                return streams.append_all_once(self._client, events, once=once, ttl_s=self._ttl_s)
 
         return patiently(attempt, self._patience_s)
 
@@ -123,3 +146,20 @@ class Publisher:
 
 def _or_now(at: float | None) -> float:
     return clock.now() if at is None else at
+
+
+def _batch(events: Iterator[Event]) -> list[Event]:
+    """Take the next events, bounded in number and, as the largest are a mebibyte each, in size."""
+    batch: list[Event] = []
+    size = 0
+    for event in events:
+        batch.append(event)
+        size += _large(event)
+        if len(batch) >= BATCH or size >= BATCH_BYTES:
+            break
+    return batch
+
+
+def _large(event: Event) -> int:
+    proposed = getattr(event, "proposed", None) or {}
+    return len(getattr(event, "payload", b"")) + sum(len(content) for content in proposed.values())

@@ -60,8 +60,11 @@ return claimed
 )
 
 # KEYS: epoch, the log, the dead letters, then inbox and memory of each recipient. ARGV: epoch, group, how many
-# entries, then of each: id, recipient (0: a dead letter), sender, number, body. What cannot be delivered is left
-# pending and named in the answer: a reason needs a dead letter, and its msgpack is made outside.
+# entries, then of each, in the log's order: id, recipient (0: a dead letter), sender, number, body. What cannot be
+# delivered is left pending and named in the answer: a reason needs a dead letter, and its msgpack is made outside.
+#
+# The memory of a sender is read once and written once a batch, however many messages it has there: within a batch ids
+# only grow, so that only the first can be one that was delivered before.
 _ROUTE = Script(
     """
 local function newer(a, b)
@@ -70,10 +73,9 @@ local function newer(a, b)
   ams, aseq, bms, bseq = tonumber(ams), tonumber(aseq), tonumber(bms), tonumber(bseq)
   return ams > bms or (ams == bms and aseq > bseq)
 end
-local done, delivered, refused = {}, 0, {}
-for entry = 1, tonumber(ARGV[3]) do
-  local at = 4 + (entry - 1) * 5
-  local id, to, sender, seq, body = ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
+local done, delivered, refused, memories, failure = {}, 0, {}, {}, nil
+for at = 4, 3 + tonumber(ARGV[3]) * 5, 5 do
+  local id, to, sender, body = ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 4]
   local problem
   if to == 0 then
     -- Not acknowledged here means acknowledged before: this is a repetition after a lost reply.
@@ -81,18 +83,37 @@ for entry = 1, tonumber(ARGV[3]) do
       redis.call('XADD', KEYS[3], '*', 'type', 'dead-letter', 'body', body)
     end
   else
-    local inbox, memory = KEYS[2 + to * 2], KEYS[3 + to * 2]
-    local before = redis.call('HGET', memory, sender)
-    local number, entry_id = string.match(before or '-1 0-0', '^(%-?%d+) (%S+)$')
-    if newer(id, entry_id) then
-      if tonumber(seq) <= tonumber(number) then
-        problem = 'number ' .. seq .. ' does not grow: ' .. number .. ' was delivered before'
+    local senders = memories[to]
+    if not senders then senders = {}; memories[to] = senders end
+    local memory = senders[sender]
+    if not memory then
+      local before = redis.pcall('HGET', KEYS[3 + to * 2], sender) or '-1 0-0'
+      if type(before) == 'table' then
+        memory = {broken = 'what was delivered before is unknown: ' .. before.err}
       else
-        local added = redis.pcall('XADD', inbox, '*', 'type', 'message', 'body', body)
+        local number, last = string.match(before, '^(%-?%d+) (%S+)$')
+        memory = {number = tonumber(number), last = last}
+      end
+      senders[sender] = memory
+    end
+    if memory.broken then
+      problem = memory.broken
+    elseif memory.added or newer(id, memory.last) then
+      local seq = tonumber(ARGV[at + 3])
+      if seq <= memory.number then
+        problem = 'number ' .. ARGV[at + 3] .. ' does not grow: ' .. string.format('%.0f', memory.number)
+          .. ' was delivered before'
+      else
+        local added = redis.pcall('XADD', KEYS[2 + to * 2], '*', 'type', 'message', 'body', body)
         if type(added) == 'table' and added.err then
+          -- A full memory or disk passes, and the message waits for that. A key that is no stream does not.
+          if not (string.find(added.err, 'WRONGTYPE', 1, true) or string.find(added.err, '^ERR')) then
+            failure = added.err
+            break
+          end
           problem = 'the inbox cannot take it: ' .. added.err
         else
-          redis.call('HSET', memory, sender, seq .. ' ' .. id)
+          memory.number, memory.added = seq, ARGV[at + 3] .. ' ' .. id
           delivered = delivered + 1
         end
       end
@@ -100,7 +121,15 @@ for entry = 1, tonumber(ARGV[3]) do
   end
   if problem then refused[#refused + 1] = {id, problem} else done[#done + 1] = id end
 end
+for to, senders in pairs(memories) do
+  local news = {}
+  for sender, memory in pairs(senders) do
+    if memory.added then news[#news + 1] = sender; news[#news + 1] = memory.added end
+  end
+  if #news > 0 then redis.call('HSET', KEYS[3 + to * 2], unpack(news)) end
+end
 if #done > 0 then redis.call('XACK', KEYS[2], ARGV[2], unpack(done)) end
+if failure then return redis.error_reply(failure) end
 return {delivered, refused}
 """,
     fenced=True,

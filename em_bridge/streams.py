@@ -7,7 +7,8 @@ redis-py raises (see `connection.translate_errors`). Entry ids are `str`, times 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 
 import redis
@@ -23,8 +24,9 @@ from em_bridge.events import (
     Heartbeat,
     Message,
     encode,
+    encode_body,
 )
-from em_bridge.scripts import Script
+from em_bridge.scripts import Arg, Script
 
 AGENT_STATE: Final = AgentState.stream
 CONFIG_CHANGE: Final = ConfigApplied.stream
@@ -73,6 +75,44 @@ def append_once(client: redis.Redis, event: Event, *, once: str, ttl_s: float = 
     return _text(_APPEND_ONCE(client, keys, (fields[b"type"], fields[b"body"], int(ttl_s * 1000))))
 
 
+# KEYS: marker, then the streams. ARGV: the marker's life in ms, then of each event: which stream, type, body.
+# A script's clock stands still, so the ids on one stream are consecutive: the first of each says them all.
+_APPEND_ALL_ONCE = Script("""
+local before = redis.call('GET', KEYS[1])
+if before then return before end
+local first = {}
+for at = 2, #ARGV, 3 do
+  local stream = tonumber(ARGV[at])
+  local id = redis.call('XADD', KEYS[1 + stream], '*', 'type', ARGV[at + 1], 'body', ARGV[at + 2])
+  if not first[stream] then first[stream] = id end
+end
+first = table.concat(first, ' ')
+redis.call('SET', KEYS[1], first, 'PX', ARGV[1])
+return first
+""")
+
+
+def append_all_once(
+    client: redis.Redis, events: Sequence[Event], *, once: str, ttl_s: float = 3600.0
+) -> list[str]:
+    """Append all `events`, in order, unless a call with the same `once` did; return the entry ids of the first call.
+
+    It is one script: all of them or none. The server does nothing else meanwhile, so a thousand at once is much.
+    """
+    places: dict[str, int] = {}
+    args: list[Arg] = [int(ttl_s * 1000)]
+    for event in events:
+        args += (places.setdefault(event.stream, len(places) + 1), event.type, encode_body(event))
+    answer = _text(_APPEND_ALL_ONCE(client, (once_key(once), *places), args))
+    following = {stream: _from(first) for stream, first in zip(places, answer.split(), strict=True)}
+    return [next(following[event.stream]) for event in events]
+
+
+def _from(entry_id: str) -> Iterator[str]:
+    milliseconds, number = id_order(entry_id)
+    return (f"{milliseconds}-{following}" for following in itertools.count(number))
+
+
 def once_key(once: str) -> str:
     """Return the key that holds the entry id of an event appended once as `once`."""
     return f"em:once:{once}"
@@ -93,14 +133,72 @@ def ensure_group(client: redis.Redis, stream: str, group: str) -> None:
 def read_range(
     client: redis.Redis, stream: str, start: str = "-", end: str = "+", batch: int = 1000
 ) -> Iterator[tuple[str, Fields]]:
-    """Yield (entry id, fields) from `start` to `end`, both inclusive, `batch` entries a round trip."""
-    while True:
-        rows = cast(list[tuple[bytes, Fields]], client.xrange(stream, start, end, count=batch))
-        for raw_id, fields in rows:
-            yield raw_id.decode(), fields
-        if len(rows) < batch:
-            return
-        start = f"({rows[-1][0].decode()}"
+    """Yield (entry id, fields) from `start` to `end`, both inclusive, `batch` entries a round trip.
+
+    The next batch is asked for before this one is handed out, so that server and reader work at the same time; no more
+    than two batches are in memory.
+    """
+    ahead = _Ahead(client)
+    try:
+        ahead.ask(stream, start, end, batch)
+        while True:
+            rows = ahead.answer()
+            last = len(rows) < batch
+            if not last:
+                ahead.ask(stream, f"({rows[-1][0].decode()}", end, batch)
+            for raw_id, flat in rows:
+                yield raw_id.decode(), dict(zip(flat[::2], flat[1::2], strict=True))
+            if last:
+                return
+    finally:
+        ahead.close()
+
+
+_Rows = list[tuple[bytes, Sequence[bytes]]]
+
+
+class _Ahead:
+    """One XRANGE under way on a connection of its own; in the end it is given back, or closed if its answer is due."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        # redis-py has no annotations for connections.
+        self._pool: Any = client.connection_pool
+        self._connection: Any = None
+        self._asked: tuple[str | int, ...] = ()
+        self._due = False
+
+    def ask(self, stream: str, start: str, end: str, batch: int) -> None:
+        self._asked = ("XRANGE", stream, start, end, "COUNT", batch)
+        try:
+            if self._connection is None:
+                self._connection = self._pool.get_connection()
+            self._connection.send_command(*self._asked)
+            self._due = True
+        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
+            self.close()
+
+    def answer(self) -> _Rows:
+        if self._due:
+            try:
+                rows = self._connection.read_response()
+                self._due = False
+                return cast(_Rows, rows)
+            except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
+                self.close()
+            except exceptions.ResponseError:
+                self._due = False
+                raise
+        # The connection broke: ask again as the client's own retry policy has it, or let it raise.
+        rows = cast(Any, self._client).xrange(*self._asked[1:4], count=self._asked[5])
+        return [(raw_id, [part for pair in fields.items() for part in pair]) for raw_id, fields in rows]
+
+    def close(self) -> None:
+        if self._connection is not None:
+            if self._due:
+                self._connection.disconnect()
+            self._pool.release(self._connection)
+        self._connection, self._due = None, False
 
 
 def server_time(client: redis.Redis) -> float:

@@ -379,6 +379,33 @@ def test_an_inbox_that_cannot_take_a_message_does_not_hold_up_the_others(valkey:
     assert len(letters(client)) == 3
 
 
+def test_a_damaged_memory_of_one_recipient_does_not_double_the_others_messages(valkey: ValkeyServer) -> None:
+    client = valkey.client()
+    make_known(client, "jay", "rick")
+    client.set("em:delivered:rick", "a key of another type")
+    for payload in numbers(3):
+        messages.send_once(client, "z", "jay", payload, at=1.0)
+        messages.send_once(client, "z", "rick", payload, at=1.0)
+    drain(router(valkey))
+    assert inbox_of(client, "jay") == numbers(3) and inbox_of(client, "rick") == []
+    assert ["delivered before is unknown" in letter.reason for letter in letters(client)] == [True] * 3
+
+
+def test_a_message_waits_for_a_server_whose_memory_is_full(valkey: ValkeyServer) -> None:
+    client = valkey.client()
+    make_known(client, "jay", "rick")
+    routing = router(valkey)
+    drain(routing)
+    for payload in numbers(3):
+        messages.send_once(client, "z", "jay", payload, at=1.0)
+    client.config_set("maxmemory", "1")
+    with pytest.raises(redis.ResponseError):
+        drain(routing)
+    client.config_set("maxmemory", "0")
+    drain(routing)
+    assert inbox_of(client, "jay") == numbers(3) and letters(client) == []
+
+
 def test_a_reply_lost_while_routing_doubles_nothing(valkey: ValkeyServer) -> None:
     client = valkey.client()
     make_known(client, "jay")

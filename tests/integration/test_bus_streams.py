@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,37 @@ def test_a_range_is_read_whole_over_many_batches(valkey: ValkeyServer) -> None:
     assert [
         entry for entry, _ in streams.read_range(client, streams.HEARTBEATS, ids[5], ids[7], batch=2)
     ] == ids[5:8]
+
+
+def test_a_range_is_read_on_after_its_connection_broke_and_left_in_the_middle(valkey: ValkeyServer) -> None:
+    client = valkey.client()
+    ids = [streams.append(client, Heartbeat("z", "i", number)) for number in range(30)]
+    found = []
+    for entry, _ in streams.read_range(client, streams.HEARTBEATS, batch=5):
+        found.append(entry)
+        if len(found) == 7:
+            client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    assert found == ids
+    for _ in streams.read_range(client, streams.HEARTBEATS, batch=5):
+        break
+    # The answer that nobody read must not be taken for the next command's.
+    assert client.echo("ours") == b"ours" and client.ping()
+    with pytest.raises(redis.ResponseError):
+        list(streams.read_range(client, streams.HEARTBEATS, "no id"))
+    assert client.echo("ours") == b"ours"
+
+
+def test_a_long_range_is_read_in_constant_memory(valkey: ValkeyServer) -> None:
+    client = valkey.client()
+    with client.pipeline(transaction=False) as pipe:
+        for _ in range(30_000):
+            pipe.xadd(streams.MESSAGES, {b"type": b"message", b"body": b"x" * 400})
+        pipe.execute()
+    sum(1 for _ in streams.read_range(client, streams.MESSAGES))
+    tracemalloc.start()
+    assert sum(1 for _ in streams.read_range(client, streams.MESSAGES, batch=500)) == 30_000
+    assert tracemalloc.get_traced_memory()[1] < 3_000_000, "12 MB were read"
+    tracemalloc.stop()
 
 
 def test_trimming_stops_at_what_a_group_has_not_finished_with(valkey: ValkeyServer) -> None:
@@ -181,6 +213,27 @@ def test_a_holder_elsewhere_is_never_thought_gone() -> None:
 
 
 # publisher
+
+
+def test_many_events_stand_once_and_in_order_on_their_streams_though_a_reply_was_lost(
+    valkey: ValkeyServer,
+) -> None:
+    client = valkey.client()
+    events = [
+        AgentState("z", "DEAD", f"number {number}") if number % 3 else Heartbeat("z", "i", number)
+        for number in range(2500)
+    ]
+    with ReplyThief(valkey.port) as thief, Publisher(thief.url) as em:
+        em.publish_many([AgentState("z", "ALIVE")])
+        client.delete(streams.AGENT_STATE)
+        thief.steal_replies_of("number 1000")
+        ids = em.publish_many(iter(events))
+        assert thief.stolen == 1
+    for stream in (streams.AGENT_STATE, streams.HEARTBEATS):
+        standing = [(entry, decode(fields)) for entry, fields in streams.read_range(client, stream)]
+        assert standing == [(i, e) for i, e in zip(ids, events, strict=True) if e.stream == stream]
+    markers = [client.memory_usage(key) for key in client.scan_iter(match="em:once:*")]
+    assert len(markers) <= 5 and all(size is not None and size < 300 for size in markers)
 
 
 def test_each_call_puts_its_event_on_its_stream(valkey: ValkeyServer) -> None:

@@ -212,19 +212,24 @@ def _agent(agent: AgentConfig) -> Found:
 
 def _nested_roots(agents: AgentsFile) -> Found:
     names = list(agents.agents)
+    order = {name: position for position, name in enumerate(names)}
     real = {name: _real(agents.agents[name].root) for name in names}
+    # Looked up by folder, not pair by pair: the configuration of a thousand agents is read by every command.
+    at: dict[Path, list[str]] = {}
+    for name in names:
+        if real[name] != Path("/"):
+            at.setdefault(real[name], []).append(name)
     for inner in names:
-        for outer in names:
-            if inner == outer or real[outer] == Path("/"):
-                continue
+        around = {outer for folder in (real[inner], *real[inner].parents) for outer in at.get(folder, ())}
+        for outer in sorted(around - {inner}, key=order.__getitem__):
             if real[inner] == real[outer]:
-                if names.index(outer) < names.index(inner):
+                if order[outer] < order[inner]:
                     yield (
                         ("agents", inner, "root"),
                         f'is also the root of agent "{outer}"; each needs a folder of its own',
                         None,
                     )
-            elif _below(real[inner], real[outer]):
+            else:
                 part = real[inner].relative_to(real[outer]).as_posix()
                 if not any(_covers(pattern, f"{part}/x") for pattern in agents.agents[outer].exclude):
                     text = (

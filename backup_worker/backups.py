@@ -14,9 +14,6 @@ from em_bridge import events, streams
 DAYS_OF_EVENT_TIERS = 7
 """A burst of changes must not push out the last snapshot of each of so many earlier days."""
 
-RECORDED_TTL_S = 7 * 24 * 3600
-"""How long it is remembered that a snapshot is on the record: longer than any job is run again."""
-
 
 def scheduled(runtime: Runtime, agent: str, tier_name: str, slot: str, *, now: float) -> Manifest:
     """Return the snapshot of `slot`, made now if it is not there yet.
@@ -44,16 +41,19 @@ def on_change(runtime: Runtime, event: changes.ConfigChange, entry: str, *, now:
     if isinstance(event, events.ConfigApplied):
         signers = runtime.config.allowed_signers.exists()
         approved, approved_by = changes.judge(runtime.redis, event, entry, signers_exist=signers)
-    _tell(runtime, event, known, approved, approved_by)
+    _tell(runtime, event, entry, known, approved, approved_by)
+    # The event's own agent: the record of the change is about what was proposed.
+    agent = getattr(event, "agent", known.agent)
     at = streams.entry_time(entry)
     made = []
     for name, tier in runtime.config.schedule.tiers.items():
-        if event.type in tier.events and known.agent:
+        if event.type in tier.events and agent:
             slot = slot_name(tier, runtime.config.schedule.timezone, at)
-            reason = f"{event.type} {event.change}" + (f": {known.reason}" if known.reason else "")
+            why = event.reason or known.reason
+            reason = f"{event.type} {event.change}" + (f": {why}" if why else "")
             made.append(
                 _make(
-                    runtime, known.agent, name, tier, slot, now, reason=reason, on_taken="next",
+                    runtime, agent, name, tier, slot, now, reason=reason, on_taken="next",
                     event=f"{streams.CONFIG_CHANGE}/{entry}", approved=approved, approved_by=approved_by,
                 )
             )  # fmt: skip
@@ -63,17 +63,19 @@ def on_change(runtime: Runtime, event: changes.ConfigChange, entry: str, *, now:
 def _tell(
     runtime: Runtime,
     event: changes.ConfigChange,
+    entry: str,
     known: changes.Change,
     approved: bool | None,
     approved_by: str | None,
 ) -> None:
     """Put a change event on the record, and open or close the alerts that belong to it."""
     waiting, unapproved = f"change/{event.change}", f"unapproved/{event.change}"
-    runtime.record(
-        "change", event=event.type, change=event.change, agent=known.agent, paths=list(known.paths), by=event.by,
-        reason=event.reason, approved=approved, approved_by=approved_by,
+    agent, paths = getattr(event, "agent", known.agent), getattr(event, "paths", known.paths)
+    runtime.record_once(
+        f"change/{entry}", "change", event=event.type, change=event.change, agent=agent, paths=list(paths),
+        by=event.by, reason=event.reason, approved=approved, approved_by=approved_by,
     )  # fmt: skip
-    if known.state == changes.PROPOSED:
+    if known.state == changes.PROPOSED and known.agent:
         why = known.reason or "no reason given"
         body = f"{known.by} asks to change {', '.join(known.paths)} of {known.agent}: {why}"
         title = f"change {event.change} of {known.agent} waits for approval"
@@ -81,8 +83,8 @@ def _tell(
     else:
         runtime.resolve(waiting)
     if approved is False:
-        body = f"{', '.join(known.paths)} of {known.agent} was changed by {event.by or 'somebody'} without an approval"
-        runtime.alert(unapproved, "critical", f"unapproved change of {known.agent}", body, agent=known.agent)
+        body = f"{', '.join(paths)} of {agent} was changed by {event.by or 'somebody'} without an approval"
+        runtime.alert(unapproved, "critical", f"unapproved change of {agent}", body, agent=agent)
 
 
 def _make(
@@ -122,16 +124,11 @@ def _make(
 
 def _record(runtime: Runtime, snapshot: Manifest) -> None:
     """Put a snapshot on the record once, also if the job that made it was killed right behind the commit."""
-    noted = f"backup:recorded:{snapshot.id}"
-    if runtime.client is not None and runtime.client.exists(noted):
-        return
-    runtime.record(
-        "backup", id=snapshot.id, agent=snapshot.agent, tier=snapshot.tier, status=snapshot.status,
+    runtime.record_once(
+        snapshot.id, "backup", id=snapshot.id, agent=snapshot.agent, tier=snapshot.tier, status=snapshot.status,
         files=snapshot.files, bytes=snapshot.bytes, reason=snapshot.reason, approved=snapshot.approved,
         problems=[problem.as_json() for problem in snapshot.problems],
     )  # fmt: skip
-    if runtime.client is not None:
-        runtime.client.set(noted, b"1", ex=RECORDED_TTL_S)
     key = f"backup/{snapshot.tier}/{snapshot.agent}"
     if snapshot.status == "good":
         runtime.resolve(key)

@@ -4,8 +4,10 @@ The stream is the truth. `fold` reads on from where the last reader stopped and 
 transaction, so any number of processes may fold at once, and an entry is taken in once. A job that judges an applied
 change folds first, so it sees every approval that stands before it on the stream, whatever order the jobs run in.
 
-An approval counts if it stands on the stream before the application, and its author is not the proposer. Where a file
-`allowed_signers` exists, the word of the EM in `approved_by` counts for nothing.
+An approval counts if it stands on the stream before the application and behind the proposal, its author is not the
+proposer, and what is applied is what was proposed: that agent, no other paths. If nothing was proposed, who applies a
+change cannot approve it. Where a file `allowed_signers` exists,
+the word of the EM in `approved_by` counts for nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ _BATCH = 500
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change and its fate. Times are Unix seconds of the server's clock."""
+    """One change and its fate. Times are Unix seconds of the server's clock.
+
+    `agent`, `paths` and `by` are the proposal's, or the application's if nothing was proposed.
+    """
 
     change: str
     state: str
@@ -45,6 +50,7 @@ class Change:
     proposed_at: float | None = None
     decided_by: str = ""
     decided_at: float | None = None
+    decided_entry: str = ""
     decision: str = ""
     applied_at: float | None = None
     proposed: dict[str, bytes] | None = None
@@ -60,13 +66,14 @@ class Change:
         return record
 
 
-def advance(change: Change | None, event: ConfigChange, at: float) -> Change:
-    """Return the record of a change after `event`, which the server took at `at` (Unix seconds). Pure."""
+def advance(change: Change | None, event: ConfigChange, entry_id: str) -> Change:
+    """Return the record of a change after `event`, which stands on the stream as `entry_id`. Pure."""
+    at = streams.entry_time(entry_id)
     match event:
         case events.ConfigProposed():
-            if change is not None and change.state in (APPROVED, REJECTED, APPLIED):
-                # A decision is about what was proposed when it was made; a late proposal cannot borrow it.
+            if change is not None and (change.state == APPLIED or (change.decision and change.proposed_at)):
                 return change
+            # A decision on nothing is gone: it is about what was proposed when it was made.
             proposed = None if event.proposed is None else dict(event.proposed)
             return Change(
                 event.change,
@@ -84,10 +91,19 @@ def advance(change: Change | None, event: ConfigChange, at: float) -> Change:
                 return known
             decision = APPROVED if isinstance(event, events.ConfigApproved) else REJECTED
             state = known.state if known.state == APPLIED else decision
-            return replace(known, state=state, decision=decision, decided_by=event.by, decided_at=at)
+            return replace(
+                known,
+                state=state,
+                decision=decision,
+                decided_by=event.by,
+                decided_at=at,
+                decided_entry=entry_id,
+            )
         case events.ConfigApplied():
-            known = change or Change(event.change, APPLIED, by=event.by, reason=event.reason)
-            return replace(known, state=APPLIED, agent=event.agent, paths=event.paths, applied_at=at)
+            known = change or Change(event.change, APPLIED)
+            if known.proposed_at is None and known.applied_at is None:
+                known = replace(known, agent=event.agent, paths=event.paths, by=event.by, reason=event.reason)
+            return replace(known, state=APPLIED, applied_at=known.applied_at or at)
 
 
 def fold(client: Redis, upto: str = "+") -> None:
@@ -106,8 +122,7 @@ def fold(client: Redis, upto: str = "+") -> None:
             records = {name: _record(pipeline.hget(_RECORDS, name)) for name in names}
             for entry_id, event in parsed:
                 if event is not None:
-                    at = streams.entry_time(entry_id)
-                    records[event.change] = advance(records[event.change], event, at)
+                    records[event.change] = advance(records[event.change], event, entry_id)
             pipeline.multi()
             for name, record in records.items():
                 if record is not None:
@@ -153,7 +168,7 @@ def all_changes(client: Redis) -> list[Change]:
     stored: Any = client.hvals(_RECORDS)
     found = [record for record in map(_record, stored) if record is not None]
     return sorted(
-        found, key=lambda record: record.proposed_at or record.decided_at or record.applied_at or 0.0
+        found, key=lambda one: (one.proposed_at or one.decided_at or one.applied_at or 0.0, one.change)
     )
 
 
@@ -166,16 +181,15 @@ def judge(
     """
     fold(client, upto=entry_id)
     record = _record(client.hget(_RECORDS, event.change))
-    if record is not None and record.decision == REJECTED:
+    if signers_exist or record is None:
         return False, None
-    if signers_exist:
-        return False, None
-    if (
-        record is not None
-        and record.decision == APPROVED
-        and (record.decided_at or 0.0) <= streams.entry_time(entry_id)
-    ):
-        return True, record.decided_by
-    if event.approved_by and event.approved_by != (record.by if record else ""):
-        return True, event.approved_by
-    return False, None
+    author = event.by
+    if record.proposed_at is not None:
+        author = record.by
+        same_agent = event.agent.lower() == record.agent.lower()
+        if not same_agent or not set(event.paths) <= set(record.paths):
+            return False, None
+    # What stands behind the application on the stream came too late, whenever this is asked.
+    decided = record.decided_entry and streams.id_order(record.decided_entry) < streams.id_order(entry_id)
+    who = (record.decided_by if record.decision == APPROVED else None) if decided else event.approved_by
+    return (True, who) if who and who != author else (False, None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from backup_worker import alerts, backups, changes, due, schedule
+from backup_worker.recovery import keeping
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import verify_snapshot
 from em_bridge import streams
@@ -14,6 +15,9 @@ from em_bridge.errors import NotFound
 LAG_ALERT_S = 60.0
 SCRUB_AT_ONCE = 50
 """How many snapshots one run of the scrub reads at the most."""
+
+WATCHED_AT = "backup:watched-at"
+"""Key: when `watch` last looked at everything, Unix seconds. If it gets old, the scheduler alerts."""
 
 STREAMS = (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM, streams.DEAD_LETTER)
 
@@ -50,11 +54,7 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
                 runtime.alert(
                     key, "critical", title, f"slot {late.slot} was due and is not there", agent=agent
                 )
-    letters = int(runtime.redis.xlen(streams.DEAD_LETTER))
-    if letters:
-        last = streams.last_id(runtime.redis, streams.DEAD_LETTER)
-        body = f"{letters} events could not be handled; the last one is {last} on “{streams.DEAD_LETTER}”"
-        runtime.alert(f"dead-letter/{last}", "warning", "there are dead letters", body)
+    letters = _tell_of_dead_letters(runtime)
     waiting_s = oldest_waiting(runtime, now)
     if waiting_s > LAG_ALERT_S:
         runtime.alert(
@@ -62,7 +62,22 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
         )
     else:
         runtime.resolve("lag")
+    runtime.redis.set(WATCHED_AT, now)
     return {"overdue": [f"{tier}/{agent}" for tier, agent in overdue], "dead_letters": letters}
+
+
+def _tell_of_dead_letters(runtime: Runtime) -> int:
+    """Alert each newest dead letter, and let go of what was trimmed from the stream; return how many there are."""
+    letters = int(runtime.redis.xlen(streams.DEAD_LETTER))
+    last = streams.last_id(runtime.redis, streams.DEAD_LETTER)
+    for alert in alerts.open_alerts(runtime.redis):
+        kind, _, entry = alert.key.partition("/")
+        if kind == "dead-letter" and not runtime.redis.xrange(streams.DEAD_LETTER, entry, entry):
+            runtime.resolve(alert.key)
+    if letters:
+        body = f"{letters} events could not be handled; the last one is {last} on “{streams.DEAD_LETTER}”"
+        runtime.alert(f"dead-letter/{last}", "warning", "there are dead letters", body)
+    return letters
 
 
 def missing_backups(runtime: Runtime, now: float) -> dict[tuple[str, str], schedule.Due]:
@@ -98,22 +113,24 @@ def oldest_waiting(runtime: Runtime, now: float) -> float:
     oldest = now
     for stream in (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM):
         groups: Any = client.xinfo_groups(stream) if client.exists(stream) else []
-        for group in groups:
-            if group["name"] != streams.DISPATCHER_GROUP.encode():
-                continue
+        ours = next((group for group in groups if group["name"] == streams.DISPATCHER_GROUP.encode()), None)
+        # Without a group no dispatcher was ever there, and everything waits for the first one.
+        behind: Any = client.xrange(
+            stream, f"({ours['last-delivered-id'].decode()}" if ours else "-", "+", count=1
+        )
+        waiting = [entry_id.decode() for entry_id, _ in behind]
+        if ours and ours["pending"]:
             pending: Any = client.xpending(stream, streams.DISPATCHER_GROUP)
-            if pending["pending"]:
-                oldest = min(oldest, streams.entry_time(pending["min"].decode()))
-            behind: Any = client.xrange(stream, f"({group['last-delivered-id'].decode()}", "+", count=1)
-            if behind:
-                oldest = min(oldest, streams.entry_time(behind[0][0].decode()))
+            waiting += [pending["min"].decode()] if pending["pending"] else []
+        oldest = min([oldest, *map(streams.entry_time, waiting)])
     return max(0.0, now - oldest)
 
 
 def prune(runtime: Runtime, now: float) -> dict[str, Any]:
-    """Apply retention everywhere, and sweep what killed processes left."""
+    """Apply retention everywhere, to evidence too, and sweep what killed processes left."""
     runtime.repository.sweep()
-    return {"deleted": backups.keep_within(runtime, None, None, now)}
+    deleted = backups.keep_within(runtime, None, None, now)
+    return {"deleted": deleted, "evidence": keeping.prune(runtime, now)}
 
 
 def scrub(runtime: Runtime, now: float) -> dict[str, Any]:

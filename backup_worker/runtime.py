@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RECORDED_TTL_S = 7 * 24 * 3600
+"""How long it is remembered that something is on the record: longer than any job is run again."""
+
 UNWRITTEN = "backup:history:unwritten"
 """History lines that wait for the disk, oldest first: JSON."""
 
@@ -67,6 +70,18 @@ class Runtime:
             if self.client is None:
                 raise
             self.client.rpush(UNWRITTEN, json.dumps({"kind": kind, "now": now, **facts}, default=str))
+
+    def record_once(self, once: str, kind: str, **facts: Any) -> None:
+        """Put a line on the record, unless a call with the same `once` did: for a job that may run twice.
+
+        A crash behind the line and before its mark writes it again: twice is better than not at all.
+        """
+        mark = f"backup:recorded:{once}"
+        if self.client is not None and self.client.exists(mark):
+            return
+        self.record(kind, **facts)
+        if self.client is not None:
+            self.client.set(mark, b"1", ex=RECORDED_TTL_S)
 
     def _write_kept(self, client: Redis) -> None:
         while (line := client.lindex(UNWRITTEN, 0)) is not None:

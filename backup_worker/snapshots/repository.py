@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -52,15 +53,17 @@ class Repository:
             if tier not in (None, tier_name):
                 continue
             for slot in _folders(self.root / tier_name):
-                for name in _folders(self.root / tier_name / slot):
+                folder = self.root / tier_name / slot
+                # Asked for by name: a slot holds as many folders as there are agents.
+                for name in _folders(folder) if agent is None else [agent]:
                     with contextlib.suppress(NotFound):
-                        if agent in (None, name):
-                            found.append(snapshot_id(tier_name, slot, name))
+                        identifier = snapshot_id(tier_name, slot, name)
+                        if agent is None or _is_folder(folder / name):
+                            found.append(identifier)
         return found
 
     def snapshots(self, agent: str | None = None, tier: str | None = None) -> list[Head]:
         """Return the readable snapshots, oldest first. What is unreadable, `verify` names."""
-        notes = self._notes()
         found: list[Head] = []
         for identifier in self.ids(agent, tier):
             with (
@@ -69,7 +72,7 @@ class Repository:
             ):
                 head = read_head(file)
                 if head.id == identifier:
-                    found.append(_noted(head, notes))
+                    found.append(self._noted(head))
         return sorted(found, key=lambda head: head.sort_key)
 
     def unreadable(self) -> list[str]:
@@ -98,14 +101,14 @@ class Repository:
             raise SnapshotError(
                 f"snapshot “{identifier}” says of itself that it is “{printable(manifest.id)}”"
             )
-        return _noted(manifest, self._notes())
+        return self._noted(manifest)
 
     def get_head(self, identifier: str) -> Head:
         """Return one snapshot without its entries. Raises NotFound if it is gone or unreadable."""
         split_id(identifier)
         try:
             with open(self.path(identifier) / MANIFEST, "rb") as file:
-                return _noted(read_head(file), self._notes())
+                return self._noted(read_head(file))
         except (SnapshotError, OSError) as error:
             raise NotFound(f"there is no snapshot “{identifier}”", hint="see `backup-worker list`") from error
 
@@ -152,11 +155,24 @@ class Repository:
 
     def failing(self) -> frozenset[tuple[str, str]]:
         """Return the (agent, tier) pairs whose last backup failed."""
-        pairs = (name.split("@") for name in _listing(self.hidden / "failed"))
+        pairs = (name.split("@") for name in _names(self.hidden / "failed"))
         return frozenset((pair[1], pair[0]) for pair in pairs if len(pair) == 2)
 
-    def _notes(self) -> dict[str, dict[str, float]]:
-        return {kind: _listing(self.hidden / kind) for kind in ("pins", "verified", "damaged")}
+    def _noted(self, head: AnyHead) -> AnyHead:
+        # A snapshot is read back before it gets its name: its making is its first verification.
+        verified = self._noted_at("verified", head.id)
+        return replace(
+            head,
+            verified_at=head.created_at if verified is None else verified,
+            pinned=self._noted_at("pins", head.id) is not None,
+            damaged=self._noted_at("damaged", head.id) is not None,
+        )
+
+    def _noted_at(self, kind: str, key: str) -> float | None:
+        try:
+            return os.stat(f"{self.hidden}/{kind}/{key.replace('/', '@')}", follow_symlinks=False).st_mtime
+        except FileNotFoundError:
+            return None
 
     def _note(self, kind: str, key: str, at: float | None) -> None:
         path = self.hidden / kind / key.replace("/", "@")
@@ -349,13 +365,6 @@ class Repository:
         disk.sync_folder(path.parent)
 
 
-def _noted(head: AnyHead, notes: dict[str, dict[str, float]]) -> AnyHead:
-    key = head.id.replace("/", "@")
-    # A snapshot is read back before it gets its name: its making is its first verification.
-    verified = notes["verified"].get(key, head.created_at)
-    return replace(head, verified_at=verified, pinned=key in notes["pins"], damaged=key in notes["damaged"])
-
-
 def _remove(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path / MANIFEST)
@@ -375,9 +384,17 @@ def _folders(path: Path, *, hidden: bool = False) -> list[str]:
         raise from_os_error("reading the repository", error) from error
 
 
-def _listing(path: Path) -> dict[str, float]:
+def _is_folder(path: Path) -> bool:
     try:
-        with os.scandir(path) as listing:
-            return {entry.name: entry.stat(follow_symlinks=False).st_mtime for entry in listing}
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise from_os_error("reading the repository", error) from error
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return os.listdir(path)
     except FileNotFoundError:
-        return {}
+        return []

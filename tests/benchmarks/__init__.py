@@ -1,0 +1,1 @@
+"""Side-by-side figures, for people: nothing here passes or fails by a time."""

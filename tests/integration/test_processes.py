@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from backup_worker.recovery import processes
-from backup_worker.recovery.processes import Agent, FenceFailed
+from backup_worker.recovery.processes import Agent, FenceFailed, RunRecord
 from em_bridge.errors import AgentBackupError
 from tests.living_fleet import wait_for
 
@@ -148,9 +148,14 @@ def test_a_stopped_process_is_continued_so_that_it_can_obey(place: Place) -> Non
 
 def test_a_zombie_is_not_alive(place: Place) -> None:
     agent = place.agent()
-    process = place.by_hand(*agent.command, cwd=agent.root)
-    os.kill(process.pid, signal.SIGKILL)
-    wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, "a zombie")
+    by_hand = place.by_hand(*agent.command, cwd=agent.root).pid
+    ours = place.start(agent)
+    for pid in (by_hand, ours):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(
+        lambda: all(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in (by_hand, ours)),
+        "two zombies",
+    )
     assert processes.find_agent(agent) == []
     assert processes.fence(agent) == []
 
@@ -272,14 +277,19 @@ def test_an_agent_that_another_agent_started_is_not_that_agents_child(place: Pla
 
 def test_a_record_whose_number_was_recycled_points_at_nobody(place: Place) -> None:
     agent = place.agent()
-    innocent = place.start(place.agent(name="innocent"))
+    place.start(agent)
+    processes.fence(agent)
+    program = ("-c", SLEEPER, f"{place.ready}/")
+    innocent = place.by_hand("setsid", sys.executable, *program, cwd=place.base).pid
+    mine = dataclasses.replace(processes.read_record(agent) or RunRecord(0, 0, "", ""), pid=innocent)
+    started = processes._started(innocent)
+    assert started
     assert agent.record_file
-    assert agent.record_file.parent.is_dir()
-    mine = processes.read_record(place.agent(name="innocent"))
-    assert mine
+    agent.record_file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(mine, started=started))))
+    assert pids_of(agent) == {innocent}
     for stale in (
-        dataclasses.replace(mine, started=mine.started - 1),
-        dataclasses.replace(mine, boot="an earlier one"),
+        dataclasses.replace(mine, started=started - 1),
+        dataclasses.replace(mine, started=started, boot="an earlier one"),
     ):
         agent.record_file.write_text(json.dumps(dataclasses.asdict(stale)))
         assert processes.find_agent(agent) == []

@@ -56,6 +56,16 @@ def test_a_wiped_agent_comes_back_equal_to_its_backup_and_what_stood_there_is_ke
     assert fleet.alerts() == []
 
 
+def test_a_recovery_is_told_and_recorded_from_its_beginning(fleet: Fleet) -> None:
+    fleet.add("z", mode="silent")
+    fleet.backup("z")
+    opened = fleet.open("z", "no heartbeat for 60 s")
+    fleet.service.advance(opened.id)
+    assert fleet.alerts() == ["recovery/z"]
+    first = fleet.history()[0]
+    assert (first["incident"], first["step"], first["detail"]) == (opened.id, "open", "no heartbeat for 60 s")
+
+
 def test_a_program_that_does_not_exist_escalates_instead_of_being_tried_for_ever(fleet: Fleet) -> None:
     fleet.add("z", start={"command": ["no-such-program"]})
     fleet.backup("z")
@@ -233,6 +243,7 @@ def test_one_that_is_started_by_hand_before_the_start_is_ended_first(fleet: Flee
     fleet.start("z")
     incident = fleet.drive(opened.id)[0]
     assert incident.state == RECOVERED
+    assert incident.attempts == 1
     assert by_hand.wait(5) is not None
     assert len(fleet.running("jay")) == 1
 
@@ -389,7 +400,8 @@ def test_a_full_disk_while_evidence_is_kept_stops_the_restore_and_calls_a_human(
     incident = fleet.recover("z")
     assert incident.state == ESCALATED
     assert fleet.files("z") == before
-    assert steps(incident)[-1] == "restore!"
+    # No other state is tried for want of space: it would only be an older one.
+    assert steps(incident) == ["open", "fence", "select", "restore!"]
     assert incident.tried == ()
     assert (Path(incident.evidence[-1]) / "REPORT.md").exists()
 
@@ -457,6 +469,7 @@ def test_a_worker_may_be_killed_at_any_moment(fleet: Fleet, point: str) -> None:
         was_killed = worker_that_dies(fleet, opened.id, point, number)
         incident = fleet.drive(opened.id)[0]
         assert incident.state == RECOVERED, (number, incident.steps)
+        assert incident.attempts == 1, (number, incident.steps)
         assert fleet.files("z") == whole, number
         assert len(fleet.running("z")) == 1, number
         kept = Path(incident.evidence[0])

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -72,6 +73,7 @@ class History:
     def __init__(self, path: Path, *, lock_timeout_s: float = 30.0) -> None:
         self.path = path
         self._lock_timeout_s = lock_timeout_s
+        self._threads = threading.Lock()
 
     def append(self, kind: str, *, now: float, **fields: Any) -> Line:
         """Add a line and return it as it was written, once it is on disk.
@@ -90,7 +92,8 @@ class History:
             raise UsageError(f"“{min(reserved)}” is written by the history itself")
         content = {key: _plain(value) for key, value in fields.items()}
         try:
-            with self._locked() as file:
+            # The kernel's lock is asked for again and again; threads of this process need not wait like that.
+            with self._threads, self._locked() as file:
                 return self._append(file, kind, float(now), content)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()

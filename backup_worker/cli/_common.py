@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from zoneinfo import ZoneInfo
 
 from em_bridge import connection
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
     from backup_worker.config import Config
     from backup_worker.runtime import Runtime
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def redis_url_for(config: Config, url: str | None) -> str | None:
@@ -50,6 +55,21 @@ def try_runtime(config_dir: Path, url: str | None) -> tuple[Runtime, RedisUnavai
         return open_runtime(config_dir, url), None
     except RedisUnavailable as error:
         return Runtime(load(config_dir)), error
+
+
+def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield `work(item)` for each item, in their order, while several are at work at once.
+
+    Snapshots wait for the disk most of the time, and reading and hashing hold no lock of the interpreter. When one
+    raises, or the user gives up, what has not begun does not begin.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(max_workers=2 * (os.cpu_count() or 1))
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def new_table(title: str, *columns: str) -> Table:

@@ -50,6 +50,7 @@ def restore(
 
     Example: `backup-worker restore z --as-of 2026-11-22 --dry-run`
     """
+    from backup_worker.cli._common import side_by_side
     from backup_worker.cli.snapshots import opened
     from backup_worker.snapshots import plan_restore
 
@@ -62,19 +63,22 @@ def restore(
             "--from names one agent's snapshot", hint="restore the agents one by one, or use --as-of"
         )
     moment = parse_time(as_of, settings.schedule.timezone) if as_of is not None else None
-    jobs = [
-        (
-            plan_restore(repo, settings.files_of(name), as_of=moment, from_id=from_id, paths=paths or ()),
-            _target(settings, name, to, several=len(names) > 1),
-        )
-        for name in names
-    ]
+
+    def planned(name: str) -> tuple[RestorePlan, Path]:
+        agent = settings.files_of(name)
+        plan = plan_restore(repo, agent, as_of=moment, from_id=from_id, paths=paths or ())
+        return plan, _target(settings, name, to, several=len(names) > 1)
+
+    def carried_out(job: tuple[RestorePlan, Path]) -> dict[str, Any]:
+        return _locked(settings, history, *job, in_place=to is None)
+
+    jobs = list(side_by_side(planned, names))
     if dry_run:
         results = [_describe(plan, target) for plan, target in jobs]
     else:
         for plan, target in jobs:
             _check(settings, plan, target, in_place=to is None)
-        results = [_locked(settings, history, plan, target, in_place=to is None) for plan, target in jobs]
+        results = list(side_by_side(carried_out, jobs))
     emit(results, as_json=as_json, render=_print)
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)

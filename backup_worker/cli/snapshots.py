@@ -13,7 +13,7 @@ from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, f
 if TYPE_CHECKING:
     from backup_worker.config import Config
     from backup_worker.history import History
-    from backup_worker.snapshots import Head, Manifest, Repository
+    from backup_worker.snapshots import AgentFiles, Head, Manifest, Repository
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A snapshot, such as daily/2026-11-23/z.")]
 
@@ -51,6 +51,7 @@ def backup(
 
     Example: `backup-worker backup z jay --tier weekly`
     """
+    from backup_worker.cli._common import side_by_side
     from backup_worker.snapshots import take_snapshot
 
     settings, repo, history = opened(config)
@@ -58,7 +59,8 @@ def backup(
     files = [settings.files_of(name) for name in agents or settings.agents]
     made: list[Manifest] = []
     failed: list[dict[str, Any]] = []
-    for agent in files:
+
+    def attempt(agent: AgentFiles) -> Manifest | dict[str, Any]:
         now = clock.now()
         try:
             manifest = take_snapshot(
@@ -66,11 +68,13 @@ def backup(
                 unchanged=wanted.unchanged, now=now, reason="by hand", limits=_limits(settings, allow_shrink),
             )  # fmt: skip
         except AgentBackupError as error:
-            failed.append({"agent": agent.name, "tier": tier, "error": error.message, "hint": error.hint})
             history.append("backup-failed", now=now, agent=agent.name, tier=tier, error=error.message)
-            continue
-        made.append(manifest)
+            return {"agent": agent.name, "tier": tier, "error": error.message, "hint": error.hint}
         history.append("backup", now=now, **_facts(manifest))
+        return manifest
+
+    for outcome in side_by_side(attempt, files):
+        failed.append(outcome) if isinstance(outcome, dict) else made.append(outcome)
     rows = [manifest.as_row() | {"problems": [p.as_json() for p in manifest.problems]} for manifest in made]
     emit({"snapshots": rows, "failed": failed}, as_json=as_json, render=_print_backup)
     for failure in failed:

@@ -165,7 +165,9 @@ class Fleet:
         service = self.service
 
         def all_closed() -> bool:
-            return not any([service.advance(incident).is_open for incident in incidents])
+            # Each of them, also behind one that is still open: they wait for one another.
+            advanced = [service.advance(incident) for incident in incidents]
+            return not any(incident.is_open for incident in advanced)
 
         wait_for(all_closed, f"{', '.join(incidents)} to be closed", within_s=within_s, pause_s=pause_s)
         return [service.store.get(incident) for incident in incidents]

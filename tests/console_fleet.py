@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -11,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgpack
 import waitress
-from redis import Redis
+from flask import Flask
+from werkzeug.test import TestResponse
 
-from backup_worker import backups
+from backup_worker import backups, schedule
 from backup_worker.config import load
 from backup_worker.console import create_app
 from backup_worker.console.users import Users
@@ -38,6 +39,7 @@ from em_bridge import Publisher, events, streams
 from em_bridge.connection import connect
 
 AGENTS = ("em", "z", "jay", "rick", "leroy")
+NEEDS = {"em": (), "z": ("em",)}
 DAY = 86400.0
 PASSWORD = "correct horse battery"
 
@@ -88,7 +90,7 @@ def make_world(folder: Path, url: str, agents: tuple[str, ...] = AGENTS) -> Worl
             "root": str(root), "required": ["SOUL.md", "priority_weights.json"], "critical": name in ("em", "z"),
             "files": {"charter": ["SOUL.md"], "weights": ["priority_weights.json"], "memory": ["memory/**"],
                       "rules": ["rules/**"]},
-            "depends_on": [] if name == "em" else ["em"] if name == "z" else ["z"],
+            "depends_on": [other for other in NEEDS.get(name, ("z",)) if other in agents],
         }  # fmt: skip
     (world.config_dir / "backup_schedule.json").write_text(json.dumps(schedule))
     (world.config_dir / "agents.json").write_text(json.dumps({"agents": entries}))
@@ -100,7 +102,7 @@ def live_through(world: World, now: float, days: int = 10) -> None:
     runtime = world.runtime
     for age in range(days, 0, -1):
         at = now - age * DAY
-        slot = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
+        slot = last_slot(runtime, "daily", at)
         for name in runtime.config.agents:
             if name == "leroy" and age == 4:
                 continue
@@ -115,7 +117,21 @@ def live_through(world: World, now: float, days: int = 10) -> None:
             if broken:
                 world.weights(name).write_text(json.dumps(weights, indent=2))
     for name in runtime.config.agents:
-        backups.by_hand(runtime, name, "weekly", now=now - 2 * DAY)
+        backups.scheduled(
+            runtime,
+            name,
+            "weekly",
+            last_slot(runtime, "weekly", now),
+            now=last_run(runtime, "weekly", now) + 60,
+        )
+        if name != "leroy":
+            backups.scheduled(
+                runtime,
+                name,
+                "daily",
+                last_slot(runtime, "daily", now),
+                now=last_run(runtime, "daily", now) + 60,
+            )
     heads = runtime.repository.snapshots("jay", "daily")
     runtime.repository.pin(heads[2].id)
     spoiled = runtime.repository.path(heads[5].id) / "files" / "priority_weights.json"
@@ -124,6 +140,15 @@ def live_through(world: World, now: float, days: int = 10) -> None:
     verify_snapshot(runtime.repository, heads[5].id, now)
     _talk(runtime, now)
     _recover(runtime, now)
+
+
+def last_run(runtime: Runtime, tier: str, now: float) -> float:
+    return schedule.previous_run(runtime.config.schedule.tiers[tier], runtime.config.schedule.timezone, now)
+
+
+def last_slot(runtime: Runtime, tier: str, now: float) -> str:
+    found = runtime.config.schedule.tiers[tier]
+    return schedule.slot_name(found, runtime.config.schedule.timezone, last_run(runtime, tier, now))
 
 
 def _talk(runtime: Runtime, now: float) -> None:
@@ -230,5 +255,25 @@ def basic(name: str, password: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()}
 
 
-def flush(client: Redis) -> None:
-    client.flushall()
+class Visitor:
+    """Somebody with a browser that has no JavaScript: keeps cookies, and sends the token of the page it looks at."""
+
+    def __init__(self, app: Flask, host: str = "localhost") -> None:
+        self.client = app.test_client()
+        self.headers = {"Host": host, "Accept": "text/html"}
+
+    def get(self, path: str, **headers: str) -> TestResponse:
+        return self.client.get(path, headers={**self.headers, **headers})
+
+    def post(self, path: str, *, page: str = "/", token: str | None = None, **form: str) -> TestResponse:
+        given = self.token(page) if token is None else token
+        return self.client.post(path, data={"csrf_token": given, **form}, headers=self.headers)
+
+    def token(self, page: str = "/") -> str:
+        shown = self.client.get(page, headers=self.headers, follow_redirects=True).text
+        found = re.search(r'name="csrf-token" content="([^"]+)"', shown)
+        assert found is not None, shown
+        return found[1]
+
+    def log_in(self, name: str, password: str = PASSWORD, **form: str) -> TestResponse:
+        return self.post("/login", page="/login", name=name, password=password, **form)

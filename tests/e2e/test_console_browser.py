@@ -1,0 +1,222 @@
+"""The console in a real browser: a person on duty logs in, looks, decides, and is not fooled by what others wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, StorageState, expect, sync_playwright
+
+from backup_worker import alerts, changes, queues
+from backup_worker.recovery.incident import RECOVERED, IncidentStore
+from em_bridge import Publisher
+from tests.console_fleet import PASSWORD, World, live_through, make_world, served
+from tests.integration.conftest import ValkeyServer
+
+HOSTILE = '<img src=x onerror="document.title = 1337">'
+expect.set_options(timeout=8000)
+PAGES = ("/", "/backups", "/incidents", "/changes", "/history", "/alerts", "/messages", "/rq/", "/rq/0/view/jobs",
+         "/rq/0/view/workers", "/rq/0/view/job/hostile")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium is not None, "these tests need Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--headless"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    server = ValkeyServer(tmp_path_factory.mktemp("valkey"))
+    made = make_world(tmp_path_factory.mktemp("fleet") / "w", server.url)
+    live_through(made, time.time(), days=7)
+    made.users.add("kari", PASSWORD)
+    queues.open_queue("backup", made.runtime.redis).enqueue_call(
+        "backup_worker.jobs.backup", args=({"agent": HOSTILE},), job_id="hostile", description=HOSTILE
+    )
+    yield made
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def address(world: World) -> Iterator[str]:
+    with served(world) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def session(browser: Browser, address: str) -> StorageState:
+    """The cookies of a kari who has logged in."""
+    context = browser.new_context(base_url=address)
+    log_in(context.new_page())
+    state = context.storage_state()
+    context.close()
+    return state
+
+
+@pytest.fixture
+def page(browser: Browser, address: str, session: StorageState) -> Iterator[Page]:
+    """A page on which kari is logged in; anything that the browser complains about fails the test."""
+    context = browser.new_context(base_url=address, storage_state=session)
+    context.set_default_timeout(8000)
+    opened = context.new_page()
+    complaints: list[str] = []
+
+    def complain(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(message.text)
+
+    opened.on("console", complain)
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.goto("/")
+    yield opened
+    context.close()
+    assert complaints == []
+
+
+def log_in(page: Page) -> None:
+    page.goto("/")
+    page.get_by_label("Name").fill("kari")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("heading", name="Fleet")).to_be_visible()
+
+
+def test_a_person_goes_through_every_page_by_its_links(page: Page) -> None:
+    for name in ("Backups", "Incidents", "Changes", "Alerts", "Messages", "History", "Queues", "Fleet"):
+        page.get_by_role("navigation", name="pages").get_by_role("link", name=name).click()
+        expect(page.locator("nav [aria-current=page]").first).to_contain_text(name)
+    page.get_by_role("navigation", name="pages").get_by_role("link", name="Backups").click()
+    page.get_by_role("link", name="daily/").first.click()
+    page.get_by_role("button", name="Verify now").click()
+    expect(page.get_by_role("status")).to_contain_text("Every byte is as it was written")
+
+
+def test_a_person_sees_a_death_and_its_recovery_live(world: World, page: Page) -> None:
+    runtime, store = world.runtime, IncidentStore(world.runtime.redis)
+    card = page.locator("#agent-leroy")
+    expect(card).not_to_contain_text("Recovery is in")
+    incident, _ = store.open("leroy", token="live", now=time.time(), reason="no heartbeat", beat_mark="0-0")
+    expect(card).to_contain_text("Recovery is in “fence”")
+    store.save(incident.closed(RECOVERED, time.time(), "0-0"), wake_at=None)
+    expect(card).not_to_contain_text("Recovery is in")
+    assert runtime.redis.ping()
+
+
+def test_a_page_does_not_refresh_under_somebodys_hands(world: World, page: Page) -> None:
+    page.goto("/changes")
+    page.get_by_text("Reject …").click()
+    field = page.get_by_label("reason for rejecting z-weights-7")
+    field.fill("too st")
+    world.runtime.alert("while-typing", "info", "something else happens", "meanwhile")
+    page.wait_for_timeout(3500)
+    expect(field).to_have_value("too st")
+    world.runtime.resolve("while-typing")
+
+
+def test_a_person_approves_a_change(world: World, page: Page) -> None:
+    client = world.runtime.redis
+    new = json.dumps({"urgency": 0.6, "impact": 0.3, "novelty": 0.2}).encode()
+    Publisher(client).config_proposed("c-browser", "jay", ["priority_weights.json"], "em", reason="more of it",
+                                      proposed={"priority_weights.json": new})  # fmt: skip
+    page.goto("/changes")
+    card = page.locator("section", has=page.get_by_role("heading", name="c-browser"))
+    expect(card.get_by_role("row", name="urgency")).to_contain_text("0.6")
+    card.get_by_text("Approve …").click()
+    card.get_by_label("reason for approving c-browser").fill("tested")
+    card.get_by_role("button", name="Approve as kari").click()
+    expect(page.get_by_role("status")).to_contain_text("Change c-browser is approved")
+    change = changes.get(client, "c-browser")
+    assert (change.state, change.decided_by) == (changes.APPROVED, "kari")
+
+
+def test_a_person_acknowledges_an_alert(world: World, page: Page) -> None:
+    world.runtime.alert(
+        "escalation/em", "critical", "em could not be recovered", "nothing helped", agent="em"
+    )
+    page.goto("/alerts")
+    page.get_by_role("button", name="acknowledge: em could not be recovered").click()
+    expect(page.get_by_text("seen by kari")).to_be_visible()
+    found = {one.key: one for one in alerts.open_alerts(world.runtime.redis)}
+    assert found["escalation/em"].acknowledged_by == "kari"
+
+
+def test_what_others_wrote_into_a_job_is_text_on_every_page_of_the_rq_dashboard(page: Page) -> None:
+    for path in ("/rq/0/view/jobs/backup/queued/8/asc/1", "/rq/0/view/job/hostile"):
+        page.goto(path)
+        expect(page.get_by_text(HOSTILE).first).to_be_visible()
+        assert page.locator("img[src=x]").count() == 0
+        assert page.title() != "1337"
+
+
+def test_a_job_is_deleted_on_the_rq_dashboard_after_a_question(world: World, page: Page) -> None:
+    queue = queues.open_queue("maintenance", world.runtime.redis)
+    queue.enqueue_call("backup_worker.jobs.maintenance", args=({"task": "watch"},), job_id="doomed")
+    page.goto("/rq/")
+    page.get_by_role("row", name="maintenance").get_by_role("link", name="1").click()
+    page.get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("heading", name="Do you really want to delete job?")).to_be_visible()
+    page.get_by_role("button", name="Yes").click()
+    expect(page.locator("tr[data-job-id=doomed]")).to_have_count(0)
+    assert queue.count == 0
+    done = [line for line in world.runtime.history.read("action") if line["action"] == "rq-delete-job"]
+    assert [(line["by"], line["job_id"]) for line in done] == [("kari", "doomed")]
+
+
+def test_every_page_fits_a_phone_and_follows_the_scheme(
+    browser: Browser, address: str, session: StorageState
+) -> None:
+    for scheme, pages in (("light", PAGES), ("dark", PAGES[:1])):
+        context = browser.new_context(
+            base_url=address,
+            storage_state=session,
+            color_scheme=scheme,
+            viewport={"width": 390, "height": 844},
+        )
+        page = context.new_page()
+        grounds = set()
+        for path in pages:
+            page.goto(path)
+            wider = page.evaluate(
+                "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+            )
+            assert wider <= 0, path
+            grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert grounds == ({"rgb(244, 246, 248)"} if scheme == "light" else {"rgb(14, 18, 23)"})
+        context.close()
+
+
+def test_every_page_can_be_read_without_scripts(browser: Browser, address: str) -> None:
+    context = browser.new_context(base_url=address, java_script_enabled=False)
+    page = context.new_page()
+    log_in(page)
+    expect(page.locator("#agent-z")).to_contain_text("alive")
+    page.goto("/backups")
+    page.get_by_label("status").select_option("suspect")
+    page.get_by_role("button", name="Show").click()
+    expect(page.locator("table.list").last.get_by_role("row")).to_have_count(2)
+    page.goto("/rq/")
+    # A browser whose scripts are switched off by the driver still leaves <noscript> out of what it shows.
+    assert "needs JavaScript" in page.content()
+    context.close()
+
+
+def test_while_the_console_cannot_be_reached_the_page_says_that_it_is_old(
+    browser: Browser, address: str
+) -> None:
+    context = browser.new_context(base_url=address)
+    page = context.new_page()
+    log_in(page)
+    expect(page.locator("#stale")).not_to_be_visible()
+    context.set_offline(True)
+    expect(page.locator("#stale")).to_be_visible(timeout=9000)
+    context.set_offline(False)
+    expect(page.locator("#stale")).not_to_be_visible(timeout=9000)
+    context.close()

@@ -88,12 +88,15 @@ class Capture:
         self.done = Captured()
         self._signatures: dict[str, Signature] = {}
         self._given_up: dict[str, Problem] = {}
+        self._listed: dict[str, os.stat_result] | None = None
 
     def run(self) -> Captured:
         """Copy everything in scope and return what is in the store now."""
         for _ in range(ROUNDS):
-            self.done.problems, self.done.skipped = [], Counter()
-            if not self._settle(self._list()):
+            # What was listed to plan the space will do for the first round: the last one lists again.
+            listing, self._listed = self._listed or self._list(), None
+            self.done.skipped = Counter()
+            if not self._settle(listing):
                 break
         self.done.problems += self._given_up.values()
         return self.done
@@ -107,14 +110,14 @@ class Capture:
 
     def planned_bytes(self) -> int:
         """Return how many bytes of regular files are in scope now: the most that the snapshot can need."""
-        listing = self._list()
-        self.done.problems, self.done.skipped = [], Counter()
-        return sum(info.st_size for info in listing.values() if stat.S_ISREG(info.st_mode))
+        self._listed = self._list()
+        return sum(info.st_size for info in self._listed.values() if stat.S_ISREG(info.st_mode))
 
     # -- listing ----------------------------------------------------------------------------------------------------
 
     def _list(self) -> dict[str, os.stat_result]:
         """List what is in scope; folders on the way to it are in, so that their modes come back."""
+        self.done.problems = []
         found = {".": os.fstat(self.source.fd)}
         pending = ["."]
         while pending:
@@ -238,7 +241,7 @@ class Capture:
                 return
             except _Changed:
                 continue
-            if self._is_torn(entry):
+            if clock.now() - info.st_mtime < OLD_S and self._is_torn(entry):
                 now = clock.now()
                 if torn is None or torn[0] != signature(info):
                     torn = signature(info), now
@@ -279,13 +282,20 @@ class Capture:
             entry = self._hash(path, fd, before, None)
             if self._link(entry):
                 return replace(entry, linked=True)
-        self.store.remove(path)
-        out = self.store.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        out = self._create(path)
         try:
             entry = self._hash(path, fd, before, out)
         finally:
             os.close(out)
         return replace(entry, linked=True) if self._link(entry) else entry
+
+    def _create(self, path: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            return self.store.open(path, flags)
+        except FileExistsError:
+            self.store.remove(path)
+            return self.store.open(path, flags)
 
     def _hash(self, path: str, fd: int, before: os.stat_result, out: int | None) -> Entry:
         os.lseek(fd, 0, os.SEEK_SET)
@@ -326,6 +336,10 @@ class Capture:
         spare = f"{self.scratch.name}-link"
         try:
             old_folder, name = self.previous.files.at(entry.path)
+            folder, _ = self.store.at(entry.path)
+            with contextlib.suppress(FileExistsError):
+                os.link(name, name, src_dir_fd=old_folder, dst_dir_fd=folder, follow_symlinks=False)
+                return True
             # Linked under a spare name first: if the previous snapshot's file is gone, the copy is still there.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(spare, dir_fd=self.store.fd)
@@ -341,7 +355,6 @@ class Capture:
             ):
                 return False
             raise
-        folder, name = self.store.at(entry.path)
         os.rename(spare, name, src_dir_fd=self.store.fd, dst_dir_fd=folder)
         return True
 

@@ -137,8 +137,8 @@ class Tree:
 
     def read_bytes(self, path: str) -> bytes:
         """Return the content of the file `path`."""
-        with open(self.open(path, os.O_RDONLY), "rb") as file:
-            return file.read()
+        with open(self.open(path, os.O_RDONLY), "rb", buffering=0) as file:
+            return file.readall()
 
 
 def order(path: str) -> str:
@@ -172,12 +172,13 @@ def copy_hashed(source: int, target: int | None, size_hint: int = CHUNK_BYTES) -
     """
     digest = hashlib.sha256()
     size = 0
+    ends_in_hole = False
     while chunk := _read_block(source, _block_size(size_hint - size)):
         digest.update(chunk)
         size += len(chunk)
         if target is not None:
-            _write_block(target, chunk)
-    if target is not None:
+            ends_in_hole = _write_block(target, chunk)
+    if target is not None and ends_in_hole:
         os.ftruncate(target, size)
     return size, digest.hexdigest()
 
@@ -194,13 +195,15 @@ def _read_block(source: int, size: int) -> bytes:
         raise ReadError(error.errno, error.strerror) from error
 
 
-def _write_block(target: int, chunk: bytes) -> None:
+def _write_block(target: int, chunk: bytes) -> bool:
+    """Write a block, or leave a hole for zeros; tell whether it was a hole, which alone does not lengthen the file."""
     if len(chunk) >= 4096 and chunk == _ZEROS[: len(chunk)]:
         os.lseek(target, len(chunk), os.SEEK_CUR)
-        return
+        return True
     view = memoryview(chunk)
     while view:
         view = view[os.write(target, view) :]
+    return False
 
 
 def hash_from_disk(fd: int) -> tuple[int, str]:

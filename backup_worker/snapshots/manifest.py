@@ -259,9 +259,10 @@ def _entry_from_json(item: dict[str, Any]) -> Entry:
     if kind not in ("file", "dir", "link") or (path != "." and any(n in ("", ".", "..") for n in names)):
         # A manifest that was tampered with must not make a restore write outside its target.
         raise TypeError(path)
+    more = item.get
     return Entry(
-        path, kind, int(item["size"]), int(item["mode"]), int(item["mtime_ns"]),
-        **{key: item.get(key, default) for key, default in _DEFAULTS.items()},
+        path, kind, int(item["size"]), int(item["mode"]), int(item["mtime_ns"]), more("uid", 0), more("gid", 0),
+        more("sha256"), more("target"), more("linked", False), more("sqlite", False),
     )  # fmt: skip
 
 

@@ -74,15 +74,19 @@ def _is_empty(entry: Entry, entries: Mapping[str, Entry]) -> bool:
 
 
 def _content_problem(files: Tree, entry: Entry, *, is_skill: bool) -> str | None:
-    if entry.sqlite or (entry.size and is_database(_beginning(files, entry.path))):
+    is_json = entry.path.endswith(".json")
+    is_python = is_skill and entry.path.endswith(".py")
+    content = b""
+    if entry.size and not entry.sqlite:
+        whole = (is_json or is_python) and entry.size <= _PARSE_LIMIT_BYTES
+        content = files.read_bytes(entry.path) if whole else _beginning(files, entry.path)
+    if entry.sqlite or is_database(content[:20]):
         return integrity_problem(os.path.join(files.path, entry.path))
     if entry.size > _PARSE_LIMIT_BYTES:
         return None
-    if entry.path.endswith(".json"):
-        return json_problem(files.read_bytes(entry.path))
-    if is_skill and entry.path.endswith(".py"):
-        return _python_problem(files.read_bytes(entry.path), entry.path)
-    return None
+    if is_json:
+        return json_problem(content)
+    return _python_problem(content, entry.path) if is_python else None
 
 
 def _beginning(files: Tree, path: str) -> bytes:

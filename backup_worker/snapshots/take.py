@@ -66,16 +66,17 @@ def take_snapshot(
             repo.lock(f"take.{tier}.{agent.name.lower()}"),
             repo.lock(f"tree.{agent.name.lower()}", shared=True),
         ):
-            made = _already_made(repo, agent.name, tier, slot, event, on_taken)
+            earlier = repo.snapshots(agent.name, tier)
+            made = _already_made(repo, earlier, slot, event, on_taken)
             if made is not None:
                 return made
             head = Head(
                 id="", agent=agent.name, tier=tier, slot=slot, created_at=now, reason=reason, status="good", files=0,
                 bytes=0, scope=agent.scope(include), approved=approved, approved_by=approved_by, event=event,
             )  # fmt: skip
-            manifest = _Taking(repo, agent, head, unchanged, limits or Limits()).run()
+            manifest = _Taking(repo, agent, head, unchanged, limits or Limits(), earlier).run()
         repo.record_success(tier, agent.name)
-        return repo.get(manifest.id)
+        return replace(manifest, verified_at=manifest.created_at)
     except NoSpace:
         # Not a reason to stop pruning: a full disk could then never be freed.
         raise
@@ -116,9 +117,9 @@ def _check_places(repo: Repository, agent: AgentFiles) -> None:
 
 
 def _already_made(
-    repo: Repository, agent: str, tier: str, slot: str, event: str | None, on_taken: str
+    repo: Repository, earlier: Sequence[Head], slot: str, event: str | None, on_taken: str
 ) -> Manifest | None:
-    for head in reversed(repo.snapshots(agent, tier)):
+    for head in reversed(earlier):
         mine = head.slot == slot or (
             head.slot.startswith(slot + "-") and head.slot[len(slot) + 1 :].isdecimal()
         )
@@ -133,10 +134,15 @@ class _Taking:
     """The making of one snapshot, step by step."""
 
     def __init__(
-        self, repo: Repository, agent: AgentFiles, head: Head, unchanged: str, limits: Limits
+        self,
+        repo: Repository,
+        agent: AgentFiles,
+        head: Head,
+        unchanged: str,
+        limits: Limits,
+        earlier: Sequence[Head],
     ) -> None:
         self.repo, self.agent, self.head, self.unchanged, self.limits = repo, agent, head, unchanged, limits
-        earlier = repo.snapshots(agent.name, head.tier)
         self.previous = next((h for h in reversed(earlier) if not h.damaged), None)
         self.last_good = next((h for h in reversed(earlier) if h.is_good), None)
         self.warnings: list[str] = []

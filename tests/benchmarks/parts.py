@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -276,7 +277,7 @@ def idle(settings: Settings) -> Iterator[Table]:
     folder = settings.folder / "idle"
     fleet = data.make_small_files(folder / "fleet", agents=AGENTS, files=20, mean_bytes=2000)
     config = data.write_config(folder, fleet)
-    up = ["backup_worker", "up", "--config", str(config), "--listen", "127.0.0.1:0"]
+    up = ["backup_worker", "up", "--config", str(config), "--listen", f"127.0.0.1:{_free_port()}"]
     with started([up], {}, folder / "parts.log") as [tree]:
         url_file = folder / "var" / "valkey" / "url"
         _until(url_file.exists, "the embedded server")
@@ -304,15 +305,21 @@ def idle(settings: Settings) -> Iterator[Table]:
     remove(folder)
 
 
-def _used(roots: Sequence[int], seconds: float) -> dict[str, float]:
-    """Return the processor seconds that the processes below `roots` used, by name."""
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _used(roots: Sequence[int], seconds: float) -> tuple[dict[str, float], int]:
+    """Return the share of a core that the processes below `roots` used, by name, and how many processes that were."""
     before = _clocks(roots)
     time.sleep(seconds)
     after = _clocks(roots)
     used: dict[str, float] = {}
-    for (_, name), total in after.items():
-        used[name] = used.get(name, 0.0) + (total - before.get((_, name), 0.0)) / seconds
-    return used
+    for (pid, name), total in after.items():
+        used[name] = used.get(name, 0.0) + (total - before.get((pid, name), 0.0)) / seconds
+    return used, len(after)
 
 
 def _clocks(roots: Sequence[int]) -> dict[tuple[int, str], float]:
@@ -329,12 +336,14 @@ def _clocks(roots: Sequence[int]) -> dict[tuple[int, str], float]:
 
 def _name(argv: Sequence[str]) -> str:
     if "-m" in argv:
-        return " ".join(word for word in argv[argv.index("-m") + 2 :] if not word.startswith("/"))[:28]
+        words = [word for word in argv[argv.index("-m") + 2 :] if word[0] != "-" and "/" not in word]
+        return " ".join(words[:2])
     return Path(argv[0]).name if argv else "?"
 
 
-def _add_idle(table: Table, name: str, used: Mapping[str, float]) -> None:
+def _add_idle(table: Table, name: str, measured: tuple[Mapping[str, float], int]) -> None:
+    used, processes = measured
     parts = ", ".join(
         f"{part} {share:.1%}" for part, share in sorted(used.items(), key=lambda item: -item[1])
     )
-    table.add(name, f"{sum(used.values()):.1%}", parts, str(len(used)))
+    table.add(name, f"{sum(used.values()):.1%}", parts, str(processes))

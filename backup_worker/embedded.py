@@ -2,14 +2,15 @@
 
 Its address and password are made once and kept under `<state>/valkey` (owner-readable only), so that agents which
 know the URL find the same server after a restart. What was acknowledged more than a second before a power cut is on
-disk (`appendfsync everysec`); a kill -9 of the server loses nothing. The server ends with the process that started it.
-Two starts on one state folder: the second is refused.
+disk (`appendfsync everysec`); a kill -9 of the server loses nothing, and `keep` starts it again at the same address.
+The server ends with the process that started it. Two starts on one state folder: the second is refused.
 """
 
 from __future__ import annotations
 
 import fcntl
 import importlib.util
+import logging
 import os
 import secrets
 import signal
@@ -25,6 +26,8 @@ import redis
 from backup_worker.supervisor import die_with_parent
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError
+
+log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 15.0
@@ -51,7 +54,8 @@ class EmbeddedValkey:
     """Context manager: a running server whose data live in `<state>/valkey`.
 
     `url` is its address with the password. Raises AgentBackupError if another process runs a server there, or if the
-    server does not answer within 20 s (the message holds the last lines of its log).
+    server does not answer within 20 s, not counting the reading of its data (the message holds the last lines of its
+    log).
     """
 
     def __init__(self, state: Path) -> None:
@@ -75,6 +79,12 @@ class EmbeddedValkey:
     ) -> None:
         self.stop()
 
+    def keep(self) -> None:
+        """Start the server again, at the same address and with its data, if it has died."""
+        if self.process is not None and (code := self.process.poll()) is not None:
+            log.warning("the embedded Valkey ended with code %s; starting it again", code)
+            self._start()
+
     def _take_lock(self) -> None:
         self._lock = (self.folder / "lock").open("wb")
         deadline = clock.monotonic() + 3.0
@@ -94,6 +104,9 @@ class EmbeddedValkey:
 
     def _start(self) -> None:
         port, password = self._address()
+        url = f"redis://:{password}@127.0.0.1:{port}/0"
+        if self.url not in ("", url):
+            raise AgentBackupError("the embedded Valkey died, and another program has taken its port")
         conf = self.folder / "valkey.conf"
         self._write_private(
             conf,
@@ -124,7 +137,7 @@ class EmbeddedValkey:
             # The server holds the lock too: as long as it lives, no second one can open the same files.
             pass_fds=(self._lock.fileno(),),
         )
-        self.url = f"redis://:{password}@127.0.0.1:{port}/0"
+        self.url = url
         self._wait_until_it_answers()
         self._write_private(url_file(self.folder.parent), self.url + "\n")
 
@@ -138,6 +151,8 @@ class EmbeddedValkey:
                 client.close()
                 return
             except redis.exceptions.RedisError as error:
+                if isinstance(error, redis.exceptions.BusyLoadingError):
+                    deadline = clock.monotonic() + START_TIMEOUT_S
                 if self.process.poll() is not None or clock.monotonic() > deadline:
                     log = self.folder / "valkey.log"
                     last = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []

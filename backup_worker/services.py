@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from backup_worker.recovery.pacemaker import IDLE_TICK_S, Pacemaker
 from backup_worker.runtime import Runtime
 from backup_worker.worker import make_worker
 from em_bridge import clock, connection, streams
-from em_bridge.errors import AgentBackupError
+from em_bridge.errors import AgentBackupError, RedisRefused, RedisUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ PATIENCE_TRIES = 60
 SLOT_TTL_S = 45 * 24 * 3600
 """How long a slot counts as announced: longer than the longest usual period of a tier, a month."""
 FORGET_ANNOUNCED_S = 60.0
-
-_AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+STANDSTILL_S = 5 * maintain.EVERY_S["watch"]
+"""How long the regular look at everything may be missing before the scheduler raises its own voice."""
 
 
 @contextlib.contextmanager
@@ -60,8 +61,12 @@ def stopped_by_signals() -> Iterator[threading.Event]:
 
 
 def every(stop: threading.Event, name: str, client: Any, step: Callable[[], float]) -> None:
-    """Call `step` until `stop` is set, each time after as many seconds as it returned; wait out a lost Redis."""
+    """Call `step` until `stop` is set, each time after as many seconds as it returned.
+
+    A Redis that is away, loading or full is waited out; one that refuses us raises RedisRefused.
+    """
     away = False
+    told: str | None = None
     mark = Mark(client, name)
     while not stop.is_set():
         try:
@@ -70,14 +75,38 @@ def every(stop: threading.Event, name: str, client: Any, step: Callable[[], floa
             if away:
                 log.info("%s: redis is back", name)
             away = False
-        except _AWAY as error:
+        except redis.exceptions.RedisError as error:
+            translated = connection.translate(error, client)
+            if translated is None:
+                raise
+            if isinstance(translated, RedisRefused):
+                raise translated from error
             if not away:
-                log.warning("%s: redis is away, waiting for it: %s", name, error)
+                log.warning("%s: waiting: %s", name, translated.message)
             away, pause_s = True, TICK_S
         except AgentBackupError as error:
-            log.error("%s: %s", name, error)
-            pause_s = TICK_S
+            if error.message != told:
+                log.error("%s: %s", name, error.message)
+            told, pause_s = error.message, TICK_S
+        else:
+            told = None
         stop.wait(pause_s)
+
+
+def enter(url: str | None) -> Any:
+    """Return a client for `url`. Raises UsageError for a wrong one, RedisRefused if the server does not let us in.
+
+    A server that is away may come back, and is waited for by whoever uses the client.
+    """
+    client = connection.connect(url)
+    try:
+        with connection.translate_errors(client):
+            client.ping()
+    except RedisRefused:
+        raise
+    except RedisUnavailable as error:
+        log.warning("waiting: %s", error.message)
+    return client
 
 
 def publish_fleet(client: Any, config: Config) -> None:
@@ -100,15 +129,16 @@ def dispatcher(config_dir: Path, url: str | None) -> None:
     # Never retried by the client: a transaction whose reply was lost is found again through its marks.
     handing_off = Dispatcher(connection.connect(url, retrying=False))
     waking = connection.connect(url)
-    with stopped_by_signals() as stop:
-        pacemaker = threading.Thread(target=_pace, args=(stop, waking, watch), name="pacemaker")
-        pacemaker.start()
+    with stopped_by_signals() as stop, ThreadPoolExecutor(1, "pacemaker") as beside:
+        pacing = beside.submit(_pace, stop, waking, watch)
+        # One without the other would look alive and leave half of the work undone.
+        pacing.add_done_callback(lambda _: stop.set())
         log.info("dispatching as %s", handing_off.consumer)
         try:
             handing_off.run(stop)
         finally:
             stop.set()
-            pacemaker.join()
+        pacing.result()
 
 
 def _pace(stop: threading.Event, client: Any, watch: ConfigWatch) -> None:
@@ -122,7 +152,7 @@ def _pace(stop: threading.Event, client: Any, watch: ConfigWatch) -> None:
             publish_fleet(client, watch.current)
             # Again now and then: a server that lost its data needs it anew.
             fleet_due = now + 30.0
-        return min(IDLE_TICK_S, pacemaker.tick(watch.current, clock.now()))
+        return min(IDLE_TICK_S, pacemaker.tick(watch.current, streams.server_time(client)))
 
     every(stop, "dispatcher", client, step)
 
@@ -135,6 +165,8 @@ class Scheduler:
         self.watch = watch
         self._announced: set[tuple[str, str, str]] = set()
         self._forget_at = 0.0
+        self._config_ok = False
+        self._stood_still = True
 
     def step(self) -> float:
         """Announce what is due now; return how many seconds to wait."""
@@ -154,6 +186,7 @@ class Scheduler:
         for task, every_s in maintain.EVERY_S.items():
             once = f"maintenance/{task}/{int(now // every_s)}"
             streams.append_once(self.client, MaintenanceDue(task), once=once, ttl_s=every_s * 2)
+        self._tell_of_standstill(now)
         return TICK_S
 
     def _tell_of_broken_edit(self) -> None:
@@ -163,8 +196,34 @@ class Scheduler:
             runtime.record("config", ok=False, error=broken.message)
             title = "the configuration is broken; the last good one stays in force"
             runtime.alert("config", "critical", title, broken.message)
-        elif self.watch.error is None:
+            self._config_ok = False
+        elif self.watch.error is None and not self._config_ok:
+            # Only at the change to good: another scheduler may not have read the broken files yet.
             runtime.resolve("config")
+            self._config_ok = True
+
+    def _tell_of_standstill(self, now: float) -> None:
+        """Alert that the watch over everything else does not run, and deliver that from here.
+
+        All other alerts take the way of every event. If the dispatchers or the workers stand still, none arrives, and
+        that nothing is said must not look as if nothing were wrong.
+        """
+        watched: Any = self.client.get(maintain.WATCHED_AT)
+        if watched is None:
+            # A new server: from now on it counts.
+            self.client.set(maintain.WATCHED_AT, now, nx=True)
+            return
+        silent_s = now - float(watched)
+        runtime = Runtime(self.watch.current, self.client)
+        if silent_s > STANDSTILL_S:
+            title = "the dispatchers or the workers stand still"
+            body = f"nothing has looked for missing backups and stuck events for {silent_s:.0f} s"
+            runtime.alert("standstill", "critical", title, body)
+            maintain.run(runtime, "deliver", now=clock.now())
+            self._stood_still = True
+        elif self._stood_still:
+            runtime.resolve("standstill")
+            self._stood_still = False
 
 
 def scheduler(config_dir: Path, url: str | None) -> None:
@@ -180,8 +239,8 @@ def worker(config_dir: Path, url: str | None, queue: str) -> None:
     watch = jobs.prepare(config_dir)
     # Jobs start agents, which get this address.
     os.environ["REDIS_URL"] = url or os.environ.get("REDIS_URL") or connection.DEFAULT_URL
+    client = enter(url)
     # A worker that gives up while Redis is away would run a finished job again.
-    client = connection.connect(url)
     client.set_retry(Retry(ExponentialWithJitterBackoff(base=0.1, cap=2.0), PATIENCE_TRIES))
     log.info("working on %s with %d agents", queue, len(watch.current.agents))
     make_worker(queue, client, jobs.report_failure).work(logging_level="WARNING")

@@ -77,12 +77,17 @@ class Supervisor:
         """Ask `run` to stop the children and return; usable as a signal handler."""
         self._stop.set()
 
-    def run(self, *, tick_s: float = 0.2) -> None:
-        """Block until asked to stop. Must be called from the main thread (see `die_with_parent`)."""
+    def run(self, *, tick_s: float = 0.2, also: Callable[[], None] | None = None) -> None:
+        """Block until asked to stop, calling `also` at every tick.
+
+        Must be called from the main thread (see `die_with_parent`). What `also` raises ends the children, too.
+        """
         signal.signal(signal.SIGTERM, self.request_stop)
         signal.signal(signal.SIGINT, self.request_stop)
         try:
             while not self._stop.is_set():
+                if also is not None:
+                    also()
                 now = clock.monotonic()
                 for child in self.children:
                     self._keep(child, now)

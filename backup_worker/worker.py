@@ -22,9 +22,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import redis.exceptions
-from redis.backoff import NoBackoff
+from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
-from rq.exceptions import AbandonedJobError
+from rq.exceptions import AbandonedJobError, StopRequested
 from rq.job import Job
 from rq.queue import Queue
 from rq.worker import Worker
@@ -46,6 +46,9 @@ MAINTENANCE_S = 1
 BLOCK_S = 2
 """How long one blocking read for a job lasts: shorter than the client's socket timeout, and a worker that waits looks
 for abandoned jobs in between."""
+
+STOPPING_TRIES = 6
+"""How often a worker that is asked to stop tries to reach Redis: for about two seconds."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -76,17 +79,34 @@ class BackupWorker(Worker):
                 self._mark = Mark(self.connection, "worker")
             self._mark.renew()
 
+    def request_stop(self, signum: Any, frame: Any) -> None:
+        """Stop when the running job has ended; from now on nobody waits long for a Redis that is away."""
+        self._be_patient(STOPPING_TRIES)
+        stop: Any = super().request_stop
+        stop(signum, frame)
+
     def teardown(self) -> None:
-        """Sign off; a Redis that is gone as well is not waited for, because nobody would wait for us."""
-        self.connection.set_retry(Retry(NoBackoff(), 0))
+        """Sign off; a Redis that is gone as well is not waited for."""
+        self._be_patient(0)
         sign_off: Any = super().teardown
         with contextlib.suppress(redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
             sign_off()
 
     def maintain_heartbeats(self, job: Job) -> None:
         """Renew the lease of the running job, RQ's mark of this worker, and that of the part."""
-        super().maintain_heartbeats(job)
-        self.heartbeat()
+        try:
+            super().maintain_heartbeats(job)
+            self.heartbeat()
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
+            if not self._stop_requested:
+                raise
+            log.warning("stopping, and redis is gone: job %s is left to be run again", job.id)
+            self.kill_horse()
+            self.wait_for_horse()
+            raise StopRequested from None
+
+    def _be_patient(self, tries: int) -> None:
+        self.connection.set_retry(Retry(ExponentialWithJitterBackoff(base=0.1, cap=0.5), tries))
 
     def handle_job_failure(
         self, job: Job, queue: Queue, started_job_registry: Any = None, exc_string: str = ""

@@ -47,18 +47,20 @@ def up(
     """
     from backup_worker.config import load
     from backup_worker.embedded import EmbeddedValkey, url_file
-    from backup_worker.services import default_processes
+    from backup_worker.services import default_processes, enter
     from backup_worker.supervisor import Child, Supervisor
 
     log_to_stderr()
     loaded = load(config, check_alerts=True)
     with contextlib.ExitStack() as stack:
-        url = redis_url
+        url, keep = redis_url, None
         if url is None:
-            url = stack.enter_context(EmbeddedValkey(loaded.schedule.state)).url
+            server = stack.enter_context(EmbeddedValkey(loaded.schedule.state))
+            url, keep = server.url, server.keep
             sys.stderr.write(
                 f"embedded Valkey: its URL, with the password, is in {url_file(loaded.schedule.state)}\n"
             )
+        enter(url).close()
         env = {"REDIS_URL": url, "BACKUP_CONFIG": str(config.resolve())}
         children = [Child(name, _part(name), env) for name in ("dispatcher", "scheduler", "watchdog")]
         for queue, count in default_processes().items():
@@ -70,7 +72,7 @@ def up(
             children.append(Child("console", _part("console", "--listen", listen), env))
             sys.stderr.write(f"console: http://{listen}\n")
         sys.stderr.write(f"{len(loaded.agents)} agents, {len(children)} processes; Ctrl-C stops\n")
-        Supervisor(children).run()
+        Supervisor(children).run(also=keep)
 
 
 def dispatcher(config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption = None) -> None:
@@ -97,7 +99,6 @@ def worker(
     Example: `backup-worker worker --queue backup --processes 4`
     """
     from backup_worker import services
-    from backup_worker.config import load
     from backup_worker.queues import QUEUES
     from backup_worker.supervisor import Child, Supervisor
 
@@ -114,7 +115,7 @@ def worker(
     if list(wanted.values()) == [1]:
         services.worker(config, url, next(iter(wanted)))
         return
-    load(config)
+    services.enter(url).close()
     env = {"BACKUP_CONFIG": str(config.resolve())} | ({"REDIS_URL": url} if url else {})
     Supervisor(
         [

@@ -98,6 +98,10 @@ def child_of(parts: list[Part]) -> tuple[Part, psutil.Process]:
     return answer
 
 
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 def failures(client: Redis) -> list[str]:
     return [alert.key for alert in alerts.open_alerts(client)]
 
@@ -142,7 +146,7 @@ def test_the_child_of_a_killed_worker_dies_with_it(
         until(lambda: status(client, f"daily_{SLOT}_z") == "started")
         worker.process.kill()
         worker.process.wait()
-        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 2)
+        until(lambda: has_ended(child), 2)
 
 
 def test_sigterm_lets_the_running_job_finish(
@@ -159,6 +163,24 @@ def test_sigterm_lets_the_running_job_finish(
     assert worker.process.wait(10) == 0
     assert fleet.snapshots == [f"daily/{SLOT}/z"]
     assert status(client, f"daily_{SLOT}_z") == "finished"
+
+
+def test_a_worker_that_is_stopped_while_its_server_is_gone_does_not_wait_for_it(
+    valkey: ValkeyServer, client: Redis, fleet: SmallFleet, parts: list[Part]
+) -> None:
+    # As when everything is stopped at once: its child would try to reach the server for minutes.
+    worker = start_worker(parts, valkey, fleet)
+    with fleet.repository.lock("take.daily.z"):
+        enqueue(client, backup_of("z"))
+        _, child = child_of([worker])
+        until(lambda: status(client, f"daily_{SLOT}_z") == "started")
+        worker.process.send_signal(signal.SIGTERM)
+        valkey.kill()
+        assert worker.process.wait(10) == 0
+        assert has_ended(child)
+    valkey.start()
+    start_worker(parts, valkey, fleet)
+    until(lambda: status(client, f"daily_{SLOT}_z") == "finished", 12)
 
 
 def test_a_job_whose_children_are_killed_again_and_again_fails_loudly(

@@ -280,7 +280,7 @@ def test_a_foreign_job_is_failed_recorded_and_alerted_without_being_loaded(
     trace = fleet.folder / "executed"
     bomb = pickle.dumps(Bomb(trace))
     ours = packed("backup_worker.jobs.backup", {"tier": "daily", "slot": SLOT, "agent": "nobody"})
-    data, fields = {
+    cases: dict[str, tuple[bytes, dict[Any, Any]]] = {
         "os.system": (packed("os.system", f"touch {trace}"), {}),
         "pickle": (bomb, {}),
         "meta": (packed("backup_worker.jobs.prepare", "x"), {"meta": bomb, "result": bomb, "exc_info": bomb}),
@@ -291,8 +291,8 @@ def test_a_foreign_job_is_failed_recorded_and_alerted_without_being_loaded(
             {},
         ),
         "zip bomb": (zlib.compress(bytes(queues.MAX_JOB_BYTES * 4)), {}),
-    }[case]
-    plant(client, data, fields)
+    }
+    plant(client, *cases[case])
     enqueue(client, backup_of("z"))
     work_off(valkey, fleet)
     assert not trace.exists()

@@ -21,7 +21,16 @@ from rq.serializers import JSONSerializer
 from em_bridge import Publisher, streams
 from em_bridge.messages import send_once
 from tests.benchmarks import bare, bus, data
-from tests.benchmarks.measure import OURS, Settings, Table, in_turn, percentile, remove, times_table
+from tests.benchmarks.measure import (
+    OURS,
+    Settings,
+    Table,
+    environment,
+    in_turn,
+    percentile,
+    remove,
+    times_table,
+)
 
 AGENTS = 4
 EVENTS_PER_S = 20
@@ -39,7 +48,7 @@ def started(
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", *argv],
-                        env={**os.environ, **env},
+                        env=environment(env),
                         stdin=subprocess.DEVNULL,
                         stdout=out,
                         stderr=out,
@@ -91,7 +100,7 @@ def restart(settings: Settings) -> Iterator[Table]:
                 begun = time.perf_counter()
                 em = subprocess.Popen(
                     [sys.executable, "-m", *argv],
-                    env={**os.environ, "REDIS_URL": url},
+                    env=environment({"REDIS_URL": url}),
                     stderr=subprocess.DEVNULL,
                 )
                 _wait_for(client, inbox, before + 1)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import redis.exceptions
 import typer
 
 from em_bridge.errors import AgentBackupError, RedisUnavailable
@@ -106,9 +105,6 @@ def run(app: typer.Typer) -> NoReturn:
     except AgentBackupError as error:
         fail(error.message, hint=error.hint)
         sys.exit(error.exit_code)
-    except redis.exceptions.RedisError as error:
-        fail(f"redis: {error}", hint="check --redis-url or $REDIS_URL, and that the server runs")
-        sys.exit(RedisUnavailable.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
@@ -119,4 +115,11 @@ def run(app: typer.Typer) -> NoReturn:
         where = f" “{os.fsdecode(error.filename)}”" if error.filename else ""
         fail(f"{(error.strerror or str(error)).lower()}{where}", hint=_HINTS.get(error.errno or 0))
         sys.exit(1)
+    except Exception as error:
+        # Importing redis takes longer than listing snapshots: only who has imported it can meet its errors.
+        module = sys.modules.get("redis.exceptions")
+        if module is None or not isinstance(error, module.RedisError):
+            raise
+        fail(f"redis: {error}", hint="check --redis-url or $REDIS_URL, and that the server runs")
+        sys.exit(RedisUnavailable.exit_code)
     sys.exit(0)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from zoneinfo import ZoneInfo
 
-from em_bridge import connection
 from em_bridge.errors import RedisUnavailable
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ def open_runtime(config_dir: Path, url: str | None) -> Runtime:
     """Load the configuration and reach Redis; raises ConfigError, UsageError, RedisUnavailable."""
     from backup_worker.config import load
     from backup_worker.runtime import Runtime
+    from em_bridge import connection
 
     config = load(config_dir)
     address = redis_url_for(config, url)

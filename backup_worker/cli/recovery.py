@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from em_bridge import clock, connection
+from em_bridge import clock
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def recover(
     from backup_worker.cli._common import open_runtime
     from backup_worker.recovery.incident import ESCALATED
     from backup_worker.recovery.service import RecoveryService
+    from em_bridge.connection import translate_errors
 
     runtime = open_runtime(config, redis_url)
     zone = runtime.config.schedule.timezone
@@ -50,7 +51,7 @@ def recover(
     for agent in names:
         runtime.config.agent(agent)
     service = RecoveryService(runtime)
-    with connection.translate_errors(runtime.redis):
+    with translate_errors(runtime.redis):
         opened = [service.open(agent, reason) for agent in names]
         if wait:
             opened = _follow(service.store, [one.id for one in opened], zone, quiet=as_json)

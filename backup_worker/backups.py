@@ -16,12 +16,16 @@ DAYS_OF_EVENT_TIERS = 7
 
 
 def scheduled(runtime: Runtime, agent: str, tier_name: str, slot: str, *, now: float) -> Manifest:
-    """Return the snapshot of `slot`, made now if it is not there yet.
+    """Return the scheduled snapshot of `slot`, made now if it is not there yet.
 
-    Raises NotFound for an unknown agent or tier, AgentBackupError if the snapshot cannot be made.
+    One that was made by hand in the same period does not stand in for it: the agent has lived on since. Raises NotFound
+    for an unknown agent or tier, AgentBackupError if the snapshot cannot be made.
     """
     tier = runtime.config.tier(tier_name)
-    return _make(runtime, agent, tier_name, tier, slot, now, reason="scheduled", on_taken="return")
+    return _make(
+        runtime, agent, tier_name, tier, slot, now, reason="scheduled", on_taken="next",
+        event=f"slot/{tier_name}/{slot}/{agent}",
+    )  # fmt: skip
 
 
 def by_hand(runtime: Runtime, agent: str, tier_name: str, *, now: float) -> Manifest:

@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -20,6 +21,7 @@ import redis
 from em_bridge import streams
 from em_bridge.connection import connect, translate, translate_errors
 from em_bridge.errors import AgentBackupError, LeaseLost, RedisRefused
+from em_bridge.exporter import Exporter
 from em_bridge.lease import Lease, new_holder, process_is_gone
 from em_bridge.monitor import TICK_S, Monitor
 from em_bridge.pulse import Pulse
@@ -35,6 +37,8 @@ PAUSE_S: Final = 0.5
 TRIM_S: Final = 60.0
 RETENTION_S: Final = 7 * 24 * 3600.0
 HEARTBEAT_RETENTION_S: Final = 3600.0
+EXPORT_S: Final = 1.0
+"""The pause between two exports: shorter than outboxes keep a message, so that a lost server costs none."""
 INBOX_RETENTION_S: Final = 3600.0
 """What an agent has acknowledged; the log keeps it for a replay."""
 DEAD_LETTER_RETENTION_S: Final = 30 * 24 * 3600.0
@@ -52,7 +56,8 @@ class _Tenure:
 class ExecutionManager:
     """The EM `name` on the bus at `url` (default `$REDIS_URL`); `run` works until `stop` is called.
 
-    `retention_s` is how long the message log and the event streams are kept. A context manager: `with` runs it in the
+    `retention_s` is how long the message log and the event streams are kept; `message_log` is the folder into which
+    the log is exported meanwhile (see `logfile`). A context manager: `with` runs it in the
     background.
     """
 
@@ -64,8 +69,10 @@ class ExecutionManager:
         retention_s: float = RETENTION_S,
         heartbeat_s: float = 1.0,
         lease_ttl_s: float = LEASE_TTL_S,
+        message_log: Path | None = None,
     ) -> None:
         self.name = name
+        self._message_log = message_log
         self._url = url
         self._retention_s = retention_s
         self._heartbeat_s = heartbeat_s
@@ -121,7 +128,8 @@ class ExecutionManager:
         self._tenure = tenure
         threads = [
             threading.Thread(target=self._guarded, args=(tenure, work), name=work.__name__, daemon=True)
-            for work in (self._route, self._watch, self._tidy)
+            for work in (self._route, self._watch, self._tidy, self._export)
+            if work != self._export or self._message_log is not None
         ]
         with Pulse(connect(self._url, retrying=False), self.name, interval_s=self._heartbeat_s):
             for thread in threads:
@@ -185,6 +193,36 @@ class ExecutionManager:
             tenure.over.wait(TRIM_S)
 
         self._repeat(tenure, client, tidy, "trimming")
+
+    def _export(self, tenure: _Tenure) -> None:
+        assert self._message_log is not None
+        folder = self._message_log
+        client = connect(self._url, retrying=False)
+        exporter: Exporter | None = None
+        told = False
+
+        def export() -> None:
+            nonlocal exporter, told
+            try:
+                exporter = exporter or Exporter(client, folder, retention_s=self._retention_s)
+                exporter.step()
+            except AgentBackupError as problem:
+                # Another process still writes there: routing must not wait for it.
+                if not told:
+                    log.warning("the message log is not exported: %s", problem)
+                told = True
+            except BaseException as error:
+                exporter = None
+                if not (isinstance(error, redis.ResponseError) and "NOGROUP" in str(error)):
+                    raise
+                # The server lost its data while we looked.
+            tenure.over.wait(EXPORT_S)
+
+        try:
+            self._repeat(tenure, client, export, "export of the message log")
+        finally:
+            if exporter is not None:
+                exporter.close()
 
     def _repeat(self, tenure: _Tenure, client: redis.Redis, step: Callable[[], object], what: str) -> None:
         """Call `step` again and again; pause while Redis is away."""

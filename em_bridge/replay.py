@@ -109,10 +109,10 @@ def plan_replay(
 ) -> Plan:
     """Compare the log from `start` to `end` with what each recipient has; nothing is changed."""
     plan = Plan(start, end)
-    limit = _routed_up_to(client)
+    limit = routed_up_to(client)
     fleet = known_agents(client)
     known: dict[str, _Knowledge] = {}
-    for entry, message in _messages(client, start, end):
+    for entry, message in messages(client, start, end):
         if recipient is not None and message.to != recipient:
             continue
         plan.messages += 1
@@ -156,17 +156,17 @@ class _Knowledge:
         streams.ensure_group(client, stream, INBOX_GROUP)
         # The id first: whatever comes while we read makes the script refuse.
         info = client.xinfo_stream(stream)
-        self.inbox_at = _text(info["last-generated-id"])
+        self.inbox_at = text(info["last-generated-id"])
         published = cast(dict[bytes, bytes], client.hgetall(last_seen_key(agent)))
-        self.declared = {_text(sender): _text(number) for sender, number in published.items()}
+        self.declared = {text(sender): text(number) for sender, number in published.items()}
         self.declared.pop(DECLARED, None)
         self.has = {sender: int(number) for sender, number in self.declared.items()}
         if not published:
             # It does not say what it has (a program of another make, say): what was delivered and does not wait in
             # its inbox counts as dealt with.
             delivered = cast(dict[bytes, bytes], client.hgetall(delivered_key(agent)))
-            self.has = {_text(sender): int(value.split(b" ")[0]) for sender, value in delivered.items()}
-        self.waiting = {(message.sender, message.seq): message for message in _unacknowledged(client, stream)}
+            self.has = {text(sender): int(value.split(b" ")[0]) for sender, value in delivered.items()}
+        self.waiting = {(message.sender, message.seq): message for message in unacknowledged(client, stream)}
 
 
 def _consider(refill: Refill, knowledge: _Knowledge, message: Message) -> None:
@@ -206,21 +206,32 @@ def _refill(client: redis.Redis, refill: Refill) -> bool:
     return bool(_REFILL(client, keys, args))
 
 
-def _routed_up_to(client: redis.Redis) -> str | None:
+def routed_up_to(client: redis.Redis) -> str | None:
     """Return the last log entry that the router has dealt with, with all before it; None if it never ran."""
-    if not client.exists(MESSAGES):
+    group = _group(client, MESSAGES, ROUTER_GROUP)
+    if group is None:
         return None
-    for group in client.xinfo_groups(MESSAGES):
-        if group["name"] == ROUTER_GROUP.encode():
-            if not group["pending"]:
-                return _text(group["last-delivered-id"])
-            oldest = _text(client.xpending(MESSAGES, ROUTER_GROUP)["min"])
-            milliseconds, number = streams.id_order(oldest)
-            return f"{milliseconds}-{number - 1}" if number else f"{milliseconds - 1}-{2**63}"
-    return None
+    oldest = client.xpending(MESSAGES, ROUTER_GROUP)["min"] if group["pending"] else None
+    if oldest is None:
+        # Nothing is pending, or not any more.
+        return text(group["last-delivered-id"])
+    milliseconds, number = streams.id_order(text(oldest))
+    return f"{milliseconds}-{number - 1}" if number else f"{milliseconds - 1}-{2**63}"
 
 
-def _messages(client: redis.Redis, start: str, end: str) -> Iterator[tuple[str, Message]]:
+def _group(client: redis.Redis, stream: str, name: str) -> dict[str, Any] | None:
+    """Return what the server says of a consumer group; None if it, or the stream, is not there."""
+    try:
+        groups = client.xinfo_groups(stream)
+    except redis.ResponseError as error:
+        if "no such key" in str(error):
+            return None
+        raise
+    return next((group for group in groups if group["name"] == name.encode()), None)
+
+
+def messages(client: redis.Redis, start: str, end: str) -> Iterator[tuple[str, Message]]:
+    """Yield the valid messages of the log from `start` to `end`, with their places."""
     for entry, fields in streams.read_range(client, MESSAGES, start, end):
         try:
             event = decode(fields, stream=MESSAGES)
@@ -234,16 +245,18 @@ def _messages(client: redis.Redis, start: str, end: str) -> Iterator[tuple[str, 
         yield entry, event
 
 
-def _unacknowledged(client: redis.Redis, stream: str) -> Iterator[Message]:
-    """Yield what waits in an inbox: handed out and not acknowledged, or not handed out yet."""
-    [group] = [g for g in client.xinfo_groups(stream) if g["name"] == INBOX_GROUP.encode()]
-    delivered = streams.id_order(_text(group["last-delivered-id"]))
+def unacknowledged(client: redis.Redis, stream: str) -> Iterator[Message]:
+    """Yield what waits in an inbox, if there is one: handed out and not acknowledged, or not handed out yet."""
+    group = _group(client, stream, INBOX_GROUP)
+    if group is None:
+        return
+    delivered = streams.id_order(text(group["last-delivered-id"]))
     pending: set[str] = set()
     start = "-"
     while rows := cast(Any, client.xpending_range(stream, INBOX_GROUP, start, "+", 1000)):
-        pending.update(_text(row["message_id"]) for row in rows)
-        start = f"({_text(rows[-1]['message_id'])}"
-    first = min(pending, key=streams.id_order) if pending else f"({_text(group['last-delivered-id'])}"
+        pending.update(text(row["message_id"]) for row in rows)
+        start = f"({text(rows[-1]['message_id'])}"
+    first = min(pending, key=streams.id_order) if pending else f"({text(group['last-delivered-id'])}"
     for entry, fields in streams.read_range(client, stream, first):
         if entry in pending or streams.id_order(entry) > delivered:
             try:
@@ -254,5 +267,6 @@ def _unacknowledged(client: redis.Redis, stream: str) -> Iterator[Message]:
             yield replace(event, entry=entry)
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """Return what redis-py read as text."""
     return value.decode() if isinstance(value, bytes) else str(value)

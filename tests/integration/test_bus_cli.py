@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -10,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from em_bridge import messages, streams
+from em_bridge.events import Message, decode, encode
 from tests.integration.conftest import ValkeyServer, free_port
 from tests.integration.processes import EM_BRIDGE, em_bridge, eventually
 
 pytestmark = pytest.mark.valkey
 
-COMMANDS = ("publish state", "publish change", "send", "log", "replay", "em", "agent", "run")
+COMMANDS = (
+    "publish state", "publish change", "send", "log", "replay", "lag", "export", "import", "em", "agent", "run"
+)  # fmt: skip
 
 
 def call(
@@ -156,3 +161,115 @@ def test_an_outbox_in_use_is_said_plainly(valkey: ValkeyServer, tmp_path: Path) 
         eventually(lambda: valkey.client().sismember(streams.SEEN, "jay"))
         done = call(valkey.url, "agent", "jay", "--outbox", str(tmp_path / "o"), code=1)
         assert "in use by another process" in done.stderr
+
+
+def test_what_waits_is_shown_per_stream_group_and_inbox(valkey: ValkeyServer) -> None:
+    client = valkey.client()
+    client.sadd(streams.SEEN, "jay")
+    for number in range(5):
+        messages.send_once(client, "z", "jay", b"%d" % number, at=1.0)
+    streams.ensure_group(client, streams.MESSAGES, streams.ROUTER_GROUP)
+    client.xreadgroup(streams.ROUTER_GROUP, "x", {streams.MESSAGES: ">"}, count=2)
+    for number in range(3):
+        client.xadd(streams.inbox("jay"), encode(Message("z", "jay", number, b"")))  # type: ignore[arg-type]
+    time.sleep(0.3)
+    result = json.loads(call(valkey.url, "lag", "--json").stdout)
+    rows = {row["stream"]: row for row in result["streams"]}
+    [group] = rows["em:messages"]["groups"]
+    assert (rows["em:messages"]["length"], group["group"]) == (5, "em-router")
+    assert (group["pending"], group["unread"], group["consumers"]) == (2, 3, 1)
+    assert 0.3 <= group["oldest_waiting_s"] < 30 and rows["em:messages"]["bytes"] > 300
+    assert rows["em:heartbeats"] == {
+        "stream": "em:heartbeats", "length": 0, "bytes": 0, "oldest_s": None, "groups": [],
+    }  # fmt: skip
+    [inbox] = result["inboxes"]
+    assert (inbox["agent"], inbox["waiting"], inbox["length"]) == ("jay", 3, 3)
+    assert inbox["oldest_waiting_s"] >= 0.3 and result["memory"]["used_bytes"] > 0
+    client.xreadgroup(streams.ROUTER_GROUP, "x", {streams.MESSAGES: ">"})
+    client.xack(
+        streams.MESSAGES, streams.ROUTER_GROUP, *(e for e, _ in streams.read_range(client, streams.MESSAGES))
+    )
+    [group] = json.loads(call(valkey.url, "lag", "--json").stdout)["streams"][-1]["groups"]
+    assert (group["pending"], group["unread"], group["oldest_waiting_s"]) == (0, 0, 0.0)
+    table = call(valkey.url, "lag").stdout
+    assert "em-router" in table and "jay" in table and "memory of the server" in table
+
+
+def test_messages_are_copied_into_a_stream_of_ones_own_once(valkey: ValkeyServer) -> None:
+    client = valkey.client()
+    for number in range(3):
+        messages.send_once(client, "z", "jay" if number else "rick", b"%d" % number, at=1.0)
+    client.xadd(streams.MESSAGES, {b"type": b"message", b"body": b"\xc1"})
+    ids = [entry for entry, _ in streams.read_range(client, streams.MESSAGES)]
+    copy = ("replay", "--from", "0", "--into", "audit", "--json")
+    assert json.loads(call(valkey.url, *copy, "--dry-run").stdout)["copied"] == 3
+    assert not client.exists("audit")
+    assert json.loads(call(valkey.url, *copy, "--recipient", "jay").stdout)["copied"] == 2
+    assert json.loads(call(valkey.url, *copy, "--recipient", "jay").stdout)["already_there"] == 2
+    rows = json.loads(call(valkey.url, "log", "--stream", "em:inbox:x", "--json").stdout)
+    assert rows == []
+    copied = [(entry, decode(fields)) for entry, fields in streams.read_range(client, "audit")]
+    assert [(e, m.log, m.payload) for e, m in copied] == [  # type: ignore[attr-defined]
+        (ids[1], ids[1], b"1"), (ids[2], ids[2], b"2"),
+    ]  # fmt: skip
+    assert "holds later entries" in call(valkey.url, *copy, code=1).stderr
+    messages.send_once(client, "z", "jay", b"3", at=1.0)
+    assert "1 copied into audit, 2 there already" in call(valkey.url, *copy[:-1], "--recipient", "jay").stdout
+    for reserved in ("em:inbox:jay", "em:messages", "rq:queue:x", "backup:x"):
+        assert (
+            "stream of the bus"
+            in call(valkey.url, "replay", "--from", "0", "--into", reserved, code=2).stderr
+        )
+
+
+def test_an_export_and_an_import_by_hand(valkey: ValkeyServer, tmp_path: Path) -> None:
+    messages.send_once(valkey.client(), "z", "jay", b"0", at=1.0)
+    (tmp_path / "folder").mkdir()
+    assert json.loads(call(valkey.url, "export", str(tmp_path / "file"), "--json").stdout)["messages"] == 1
+    assert "1 messages exported" in call(valkey.url, "export", str(tmp_path / "folder")).stdout
+    valkey.client().flushall()
+    result = json.loads(call(valkey.url, "import", str(tmp_path / "file"), "--json").stdout)
+    assert result == {"messages": 1, "added": 1, "redelivered": 0}
+    assert "0 were not in the log" in call(valkey.url, "import", str(tmp_path / "folder")).stdout
+    assert "no exported message log" in call(valkey.url, "import", str(tmp_path / "nothing"), code=4).stderr
+
+
+def test_the_embedded_server_of_the_configuration_is_found(valkey: ValkeyServer, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.mkdir()
+    here = ["--config", str(config), "--json"]
+    clean = {key: value for key, value in os.environ.items() if key not in ("REDIS_URL", "BACKUP_CONFIG")}
+
+    def found(**env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [EM_BRIDGE, "log", *here],
+            env=clean | env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+
+    messages.send_once(valkey.client(), "z", "jay", b"0", at=1.0)
+    for folder, schedule, env in (
+        (tmp_path / "var", {}, {}),
+        (tmp_path / "elsewhere", {"state": "../elsewhere"}, {}),
+        (tmp_path / "abs", {"state": str(tmp_path / "abs")}, {}),
+        (tmp_path / "named", {"state": "${HERE}/named"}, {"HERE": str(tmp_path)}),
+    ):
+        (config / "backup_schedule.json").write_text(json.dumps(schedule))
+        (folder / "valkey").mkdir(parents=True)
+        (folder / "valkey" / "url").write_text(valkey.url + "\n")
+        done = found(**env)
+        assert [row["payload"] for row in json.loads(done.stdout)] == ["0"], done.stderr
+        shutil.rmtree(folder)
+    for text, said in (
+        ("{", "is not JSON"),
+        ('{"state": 5}', "“state” is not a path"),
+        ('{"state": "${NO}"}', "“NO”"),
+    ):
+        (config / "backup_schedule.json").write_text(text)
+        done = found()
+        assert done.returncode == 2 and said in done.stderr
+    # What was said by hand wins.
+    assert found(REDIS_URL=valkey.url).returncode == 0

@@ -138,7 +138,7 @@ def acknowledge(client: Redis, key: str, by: str, now: float) -> OpenAlert:
     def change(known: OpenAlert | None) -> tuple[OpenAlert | None, OpenAlert]:
         if known is None or known.resolved_at is not None:
             raise NotFound(
-                f"there is no open alert “{key}”", hint="`backup-worker status` shows the open alerts"
+                f"there is no open alert “{key}”", hint="`backup-worker alerts` shows the open ones"
             )
         seen = replace(known, acknowledged_at=now, acknowledged_by=by)
         return seen, seen

@@ -5,12 +5,15 @@ Read-only. What Redis knows is left out, not guessed, while Redis is away; the a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backup_worker import alerts, maintain, queues, schedule
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
 from em_bridge import streams
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 ALERT_KEYS = ("key", "severity", "title", "body", "agent", "opened_at", "acknowledged_by")
 
@@ -69,9 +72,14 @@ def _live(runtime: Runtime, now: float) -> dict[str, Any]:
         "lag_s": maintain.oldest_waiting(runtime, now),
         "dead_letters": int(client.xlen(streams.DEAD_LETTER)),
         "incidents": [store.get(incident_id).summary() for incident_id in store.open_ids().values()],
-        "alerts": [
-            {key: getattr(alert, key) for key in ALERT_KEYS}
-            for alert in alerts.open_alerts(client)
-            if alert.resolved_at is None
-        ],
+        "alerts": open_alerts(client),
     }
+
+
+def open_alerts(client: Redis) -> list[dict[str, Any]]:
+    """Return the alerts that are not resolved, with the keys `ALERT_KEYS`."""
+    return [
+        {key: getattr(alert, key) for key in ALERT_KEYS}
+        for alert in alerts.open_alerts(client)
+        if alert.resolved_at is None
+    ]

@@ -15,6 +15,7 @@ GROUPS: tuple[str, ...] = (
     "recovery",
     "changes",
     "status",
+    "alerts",
     "record",
     "console_users",
     "demo",

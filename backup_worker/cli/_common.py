@@ -57,6 +57,23 @@ def try_runtime(config_dir: Path, url: str | None) -> tuple[Runtime, RedisUnavai
         return Runtime(load(config_dir)), error
 
 
+def console_runtime(config_dir: Path, url: str | None) -> Runtime:
+    """Like `open_runtime`; while Redis is away, with `client` None and the URL under which it will come back."""
+    from backup_worker.config import load
+    from backup_worker.runtime import Runtime
+    from em_bridge import connection
+    from em_bridge.errors import RedisRefused
+
+    try:
+        return open_runtime(config_dir, url)
+    except RedisRefused:
+        # A wrong password does not mend itself.
+        raise
+    except RedisUnavailable:
+        config = load(config_dir)
+        return Runtime(config, None, redis_url_for(config, url) or connection.DEFAULT_URL)
+
+
 def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield `work(item)` for each item, in their order, while several are at work at once.
 

@@ -159,7 +159,7 @@ def console(
 
     Example: `backup-worker console --listen 127.0.0.1:9000`
     """
-    from backup_worker.cli._common import open_runtime
+    from backup_worker.cli._common import console_runtime
 
     log_to_stderr()
     try:
@@ -168,7 +168,7 @@ def console(
         raise UsageError(
             f"the console needs the package “{error.name}”", hint="pip install 'agent-backup[console]'"
         ) from error
-    serve(open_runtime(config, redis_url), listen)
+    serve(console_runtime(config, redis_url), listen)
 
 
 def _url(config: Path, url: str | None) -> str | None:

@@ -214,13 +214,14 @@ def hash_from_disk(fd: int) -> tuple[int, str]:
     return copy_hashed(fd, None, info.st_size)
 
 
-def write_file(tree: Tree, path: str, content: bytes, mode: int = 0o600) -> None:
-    """Write a new file and bring it to the disk."""
+def write_file(tree: Tree, path: str, content: bytes, mode: int = 0o600, *, sync: bool = True) -> None:
+    """Write a new file and bring it to the disk; with `sync` False the caller does, by `sync_all`."""
     fd = tree.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(fd, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def replace_file(tree: Tree, path: str, content: bytes) -> None:

@@ -43,6 +43,7 @@ class Repository:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self.hidden = self.root / HIDDEN
+        self._settled: set[tuple[int, int]] = set()
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -289,10 +290,18 @@ class Repository:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise FileExistsError(error.errno, error.strerror, str(target)) from error
                 raise
-            for folder in (target.parent, target.parent.parent, self.root):
-                disk.sync_folder(folder)
+            disk.sync_folder(target.parent)
+            self._settle_slot(target.parent)
             return
         raise SnapshotError(f"the slot “{target.parent}” keeps disappearing")
+
+    def _settle_slot(self, slot: Path) -> None:
+        """Make sure that the slot's own name is on the disk: another process may have made it a moment ago."""
+        info = os.stat(slot)
+        if (info.st_dev, info.st_ino) not in self._settled:
+            for folder in (slot.parent, self.root):
+                disk.sync_folder(folder)
+            self._settled.add((info.st_dev, info.st_ino))
 
     def delete(self, identifier: str) -> bool:
         """Delete one snapshot; False if somebody is reading it, or it is pinned or gone.

@@ -244,7 +244,7 @@ def _write_papers(snapshot: Path, manifest: Manifest) -> None:
     with Tree(snapshot) as tree:
         for name, text in ((MANIFEST, content), (CHECKSUMS, checksums(content, manifest.entries))):
             tree.remove(name)
-            disk.write_file(tree, name, text)
+            disk.write_file(tree, name, text, sync=False)
         disk.sync_all(tree.fd)
         if tree.read_bytes(MANIFEST) != content:
             raise SnapshotError("the manifest came back from the disk changed")

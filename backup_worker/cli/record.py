@@ -69,8 +69,10 @@ def history(
     record, zone = History(schedule.history), schedule.timezone
     start = None if since is None else parse_time(since, zone, clock.now())
     if follow:
-        for line in record.follow(kind, agent, start):
-            _print_line(line, zone, as_json=as_json)
+        earlier = sum(1 for _ in record.read(kind, agent, start)) - last if last else 0
+        for number, line in enumerate(record.follow(kind, agent, start)):
+            if number >= earlier:
+                _print_line(line, zone, as_json=as_json)
         return
     lines = record.read(kind, agent, start)
     wanted = last if last is not None else (0 if as_json else _SHOWN)

@@ -18,7 +18,7 @@ from typing import Any
 from em_bridge.errors import ConfigError
 
 MAX_BYTES = 16 * 1024 * 1024
-_VARIABLE = re.compile(r"\$(\$?)\{([^}]*)\}")
+_VARIABLE = re.compile(r"\$(\$?)\{([^}]*)(\}|\Z)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 Place = tuple[str | int, ...]
@@ -162,10 +162,10 @@ def _faults(value: Any, place: Place) -> Iterator[tuple[Place, str, str | None]]
 
 
 def _variable(match: re.Match[str], environ: Mapping[str, str], name: str, place: Place) -> str:
-    escaped, variable = match.groups()
+    escaped, variable, closing = match.groups()
     if escaped:
-        return f"${{{variable}}}"
-    if not _NAME.fullmatch(variable):
+        return f"${{{variable}{closing}"
+    if not closing or not _NAME.fullmatch(variable):
         raise ConfigError(
             f'{name}: {at(place)}"{match.group()}" does not name an environment variable',
             hint="write ${NAME} for a variable, or $${…} for the text itself",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from backup_worker.snapshots.disk import Tree
+from backup_worker.snapshots.errors import printable
 from backup_worker.snapshots.manifest import Entry, Manifest, Problem
 from backup_worker.snapshots.scope import AgentFiles, Scope
 from backup_worker.snapshots.sqlite import integrity_problem, is_database
@@ -65,6 +66,15 @@ def _missing(agent: AgentFiles, scope: Scope, entries: Mapping[str, Entry]) -> I
             yield Problem(path, "required, and missing")
         elif _is_empty(entry, entries):
             yield Problem(path, "required, and empty")
+        elif entry.kind == "link" and _points_at(entry) not in entries:
+            yield Problem(
+                path, f"required, and only a link to “{printable(entry.target or '')}”, which is not stored"
+            )
+
+
+def _points_at(link: Entry) -> str:
+    """Return the path, relative to the root, that a link in the tree leads to; one that leaves it is in no snapshot."""
+    return os.path.normpath(os.path.join(os.path.dirname(link.path), link.target or ""))
 
 
 def _is_empty(entry: Entry, entries: Mapping[str, Entry]) -> bool:

@@ -109,6 +109,16 @@ def test_the_help_has_an_example(home: Path) -> None:
     assert "backup-worker history verify" in run("history", "verify", "--help", cwd=home).stdout
 
 
+def test_a_follower_can_begin_with_the_last_lines(home: Path, history: History) -> None:
+    command = [PROGRAM, "history", "--follow", "--last", "1", "--json"]
+    with subprocess.Popen(command, cwd=home, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout
+        newest = list(history.read())[-1]
+        assert json.loads(follower.stdout.readline())["seq"] == newest["seq"]
+        follower.send_signal(signal.SIGINT)
+        assert follower.wait(10) == 130
+
+
 def test_a_follower_prints_what_comes_until_it_is_interrupted(home: Path, history: History) -> None:
     command = [PROGRAM, "history", "--follow", "--json", "--kind", "restore"]
     with subprocess.Popen(command, cwd=home, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as follower:

@@ -82,7 +82,7 @@ def test_variables_are_replaced_below_lists_and_maps_but_not_in_keys() -> None:
     assert expand(document, {"A": "1", "B": "${A}"}, "f.json") == {"${K}": ["1-${A}", {"x": "${A}", "n": 1}]}
 
 
-@pytest.mark.parametrize("text", ["${}", "${A B}", "${1}"])
+@pytest.mark.parametrize("text", ["${}", "${A B}", "${1}", "${A", "${A B/x", "x${"])
 def test_what_cannot_be_a_variable_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="does not name an environment variable"):
         expand({"a": text}, {}, "f.json")

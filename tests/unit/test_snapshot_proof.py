@@ -149,6 +149,22 @@ def test_nonsense_is_stored_but_suspect(place: Place, path: str, content: str | 
     assert verify_snapshot(place.repo, made.id, NOON) == []
 
 
+def test_a_required_file_that_is_a_link_out_of_the_root_is_suspect(place: Place) -> None:
+    soul = place.root / "SOUL.md"
+    elsewhere = place.base / "elsewhere.md"
+    soul.rename(elsewhere)
+    soul.symlink_to(elsewhere)
+    made = place.take(include=["charter"])
+    assert (made.status, made.problems[0].path) == ("suspect", "SOUL.md")
+    assert "which is not stored" in made.problems[0].problem
+
+
+def test_a_required_file_that_is_a_link_to_a_stored_file_is_good(place: Place) -> None:
+    (place.root / "SOUL.md").rename(place.root / "memory" / "soul.md")
+    (place.root / "SOUL.md").symlink_to("memory/soul.md")
+    assert place.take(include=["charter", "memory"]).status == "good"
+
+
 def test_a_missing_required_file_is_suspect_only_where_the_tier_covers_it(place: Place) -> None:
     (place.root / "SOUL.md").unlink()
     assert place.take(include=["memory", "weights"]).status == "good"

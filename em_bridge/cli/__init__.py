@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import NoReturn
 
 from em_bridge import terminal
-from em_bridge.cli import log, publishing, running
+from em_bridge.cli import log, publishing, rights, running
 
 app = terminal.new_app("The bus between an execution manager, its agents and Agent Backup.")
 
-for group in (publishing, log, running):
+for group in (publishing, log, running, rights):
     group.add_commands(app)
 
 

@@ -23,10 +23,16 @@ class ValkeyServer:
     """One server with its own port and data folder; both stay the same over `kill()` and `restart()`."""
 
     def __init__(
-        self, folder: Path, *, password: str | None = None, options: dict[str, str] | None = None
+        self,
+        folder: Path,
+        *,
+        password: str | None = None,
+        options: dict[str, str] | None = None,
+        login: str | None = None,
     ) -> None:
         self.folder = folder
         self.password = password
+        self.login = f"{login}@" if login else f":{password}@" if password else ""
         self.port = free_port()
         self._options = options or {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -35,8 +41,7 @@ class ValkeyServer:
 
     @property
     def url(self) -> str:
-        login = f":{self.password}@" if self.password else ""
-        return f"redis://{login}127.0.0.1:{self.port}/0"
+        return f"redis://{self.login}127.0.0.1:{self.port}/0"
 
     @property
     def pid(self) -> int:

@@ -19,7 +19,7 @@ from tests.integration.processes import EM_BRIDGE, em_bridge, eventually
 pytestmark = pytest.mark.valkey
 
 COMMANDS = (
-    "publish state", "publish change", "send", "log", "replay", "lag", "export", "import", "em", "agent", "run"
+    "publish state", "publish change", "send", "log", "replay", "lag", "export", "import", "em", "agent", "run", "acl"
 )  # fmt: skip
 
 

@@ -77,8 +77,8 @@ def console_runtime(config_dir: Path, url: str | None) -> Runtime:
 def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield `work(item)` for each item, in their order, while several are at work at once.
 
-    Snapshots wait for the disk most of the time, and reading and hashing hold no lock of the interpreter. When one
-    raises, or the user gives up, what has not begun does not begin.
+    In threads: reading and hashing hold no lock of the interpreter. When one raises, or the user gives up, what has
+    not begun does not begin. What can be told in JSON goes faster through `_parallel.in_processes`.
     """
     from concurrent.futures import ThreadPoolExecutor
 

@@ -51,6 +51,7 @@ def restore(
     Example: `backup-worker restore z --as-of 2026-11-22 --dry-run`
     """
     from backup_worker.cli._common import side_by_side
+    from backup_worker.cli._parallel import in_processes
     from backup_worker.cli.snapshots import opened
     from backup_worker.snapshots import plan_restore
 
@@ -78,7 +79,7 @@ def restore(
     else:
         for plan, target in jobs:
             _check(settings, plan, target, in_place=to is None)
-        results = list(side_by_side(carried_out, jobs))
+        results = in_processes(carried_out, jobs)
     emit(results, as_json=as_json, render=_print)
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)
@@ -108,6 +109,7 @@ def _target(config: Config, name: str, to: Path | None, *, several: bool) -> Pat
 
 def _check(config: Config, plan: RestorePlan, target: Path, *, in_place: bool) -> None:
     """Refuse to write over a living agent, or into a folder that holds something else."""
+    from backup_worker.recovery.adapters import adapter_for
     from backup_worker.recovery.processes import find
 
     name = plan.agent.name
@@ -117,13 +119,14 @@ def _check(config: Config, plan: RestorePlan, target: Path, *, in_place: bool) -
                 f"“{target}” is not empty", hint="restore into a new folder, and copy from there"
             )
         return
-    start = config.agent(name).start
-    command = tuple(start.command) if start is not None and start.command else ()
-    running = find(name, target, command=command, state=config.schedule.state)
+    agent = config.agent(name)
+    if agent.start is None:
+        running = find(name, target, state=config.schedule.state)
+    else:
+        running = adapter_for(name, agent, config.schedule.state).running()
     if running:
-        first = running[0]
         raise AgentBackupError(
-            f"“{name}” is running (pid {first.pid}: {first.command}); a living agent is never overwritten",
+            f"“{name}” is running: {running[0]}; a living agent is never overwritten",
             hint=f"stop it first, or let `backup-worker recover {name}` do it all, or restore elsewhere with --to DIR",
         )
 

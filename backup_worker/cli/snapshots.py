@@ -51,16 +51,14 @@ def backup(
 
     Example: `backup-worker backup z jay --tier weekly`
     """
-    from backup_worker.cli._common import side_by_side
+    from backup_worker.cli._parallel import in_processes
     from backup_worker.snapshots import take_snapshot
 
     settings, repo, history = opened(config)
     wanted = settings.tier(tier)
     files = [settings.files_of(name) for name in agents or settings.agents]
-    made: list[Manifest] = []
-    failed: list[dict[str, Any]] = []
 
-    def attempt(agent: AgentFiles) -> Manifest | dict[str, Any]:
+    def attempt(agent: AgentFiles) -> dict[str, Any]:
         now = clock.now()
         try:
             manifest = take_snapshot(
@@ -71,15 +69,15 @@ def backup(
             history.append("backup-failed", now=now, agent=agent.name, tier=tier, error=error.message)
             return {"agent": agent.name, "tier": tier, "error": error.message, "hint": error.hint}
         history.append("backup", now=now, **_facts(manifest))
-        return manifest
+        return manifest.as_row() | {"problems": [problem.as_json() for problem in manifest.problems]}
 
-    for outcome in side_by_side(attempt, files):
-        failed.append(outcome) if isinstance(outcome, dict) else made.append(outcome)
-    rows = [manifest.as_row() | {"problems": [p.as_json() for p in manifest.problems]} for manifest in made]
+    outcomes = in_processes(attempt, files)
+    rows = [outcome for outcome in outcomes if "error" not in outcome]
+    failed = [outcome for outcome in outcomes if "error" in outcome]
     emit({"snapshots": rows, "failed": failed}, as_json=as_json, render=_print_backup)
     for failure in failed:
         fail(failure["error"], hint=failure["hint"])
-    if failed or any(manifest.status != "good" for manifest in made):
+    if failed or any(row["status"] != "good" for row in rows):
         raise typer.Exit(1)
 
 

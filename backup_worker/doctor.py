@@ -18,6 +18,7 @@ from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
 from backup_worker.config import AgentConfig, Config, InvalidConfig, load
+from backup_worker.recovery.adapters import adapter_for
 from em_bridge import connection
 from em_bridge.errors import AgentBackupError, ConfigError
 
@@ -56,7 +57,7 @@ def examine(config_dir: Path, redis_url: str | None, *, now: float, test_alert: 
         *(
             check
             for name, agent in config.agents.items()
-            for check in _careful(f"agent {name}", _agent(name, agent))
+            for check in _careful(f"agent {name}", _agent(name, agent, config.schedule.state))
         ),
         *_careful("repository", _repository(config)),
         *_careful("state folder", _state(config)),
@@ -90,7 +91,7 @@ def _clock(config: Config, now: float) -> Iterator[Check]:
         yield Check("clock", "ok", f"it is {there} in {zone}")
 
 
-def _agent(name: str, agent: AgentConfig) -> Iterator[Check]:
+def _agent(name: str, agent: AgentConfig, state: Path) -> Iterator[Check]:
     check = f"agent {name}"
     if not agent.root.is_dir():
         mend = f"correct agents.{name}.root, or make the folder"
@@ -114,23 +115,28 @@ def _agent(name: str, agent: AgentConfig) -> Iterator[Check]:
         yield Check(check, "fail", "; ".join(faults), mend)
     else:
         yield Check(check, "ok", f"{agent.root} is readable, {len(agent.required)} required files are there")
-    yield from _start(name, agent)
+    yield from _start(name, agent, state)
 
 
-def _start(name: str, agent: AgentConfig) -> Iterator[Check]:
+def _start(name: str, agent: AgentConfig, state: Path) -> Iterator[Check]:
     check = f"start of {name}"
     if agent.start is None:
         mend = f'add agents.{name}.start, for example {{"command": ["python3", "agent.py"]}}'
         yield Check(check, "warn", "it is backed up and restored, but cannot be started after a death", mend)
         return
-    programs = {"supervisord": "supervisorctl", "systemd": "systemctl", "docker": "docker"}
-    command = agent.start.command[0] if agent.start.command else programs[agent.start.adapter]
-    for what, program in (("start", command), *((("health", agent.health[0]),) if agent.health else ())):
+    command = agent.start.command
+    programs = {"start": command, "health": agent.health}
+    for what, program in ((what, words[0]) for what, words in programs.items() if words):
         if not _is_program(program, agent.root):
             mend = f"install it, write its whole path, or correct agents.{name}.{what}"
             yield Check(check, "fail", f"{what}: there is no program “{program}”", mend)
             return
-    yield Check(check, "ok", f"{agent.start.adapter}: “{command}” is there")
+    if command:
+        yield Check(check, "ok", f"command: “{command[0]}” is there")
+        return
+    adapter = adapter_for(name, agent, state)
+    running = ", ".join(map(str, adapter.running())) or "not running"
+    yield Check(check, "ok", f"{adapter.describe()}: {running}")
 
 
 def _is_program(program: str, root: Path) -> bool:

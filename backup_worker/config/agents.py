@@ -46,6 +46,12 @@ class Docker(Model):
     container: str = Field(
         title="name", description="The container's name.", examples=["agent-z"], min_length=1
     )
+    server: str = Field(
+        "unix:///var/run/docker.sock",
+        title="server URL",
+        description="The API of Docker, or of Podman.",
+        examples=["unix:///var/run/docker.sock", "tcp://127.0.0.1:2375"],
+    )
 
 
 class Start(Model):
@@ -61,13 +67,22 @@ class Start(Model):
         examples=[["python3", "agent.py"]],
     )
     supervisord: Supervisord | None = Field(
-        None, title="map", description="A program that supervisord runs.", examples=[{"program": "z"}]
+        None,
+        title="map",
+        description="A program that supervisord runs; set AGENT_ID and AGENT_ROOT in its environment.",
+        examples=[{"program": "z"}],
     )
     systemd: Systemd | None = Field(
-        None, title="map", description="A unit that systemd runs.", examples=[{"unit": "agent-z.service"}]
+        None,
+        title="map",
+        description="A unit that systemd runs; set AGENT_ID and AGENT_ROOT in its environment.",
+        examples=[{"unit": "agent-z.service"}],
     )
     docker: Docker | None = Field(
-        None, title="map", description="A container that docker runs.", examples=[{"container": "agent-z"}]
+        None,
+        title="map",
+        description="A container that docker runs, with the agent's root mounted into it.",
+        examples=[{"container": "agent-z"}],
     )
 
     @property

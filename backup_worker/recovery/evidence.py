@@ -44,7 +44,8 @@ class Facts:
     beats: Sequence[tuple[str, str]] = ()
     log_lines: Sequence[str] = ()
     snapshots: Sequence[Head] | None = ()
-    running: Sequence[str] = ()
+    running: Sequence[str] | None = ()
+    """Its processes; None if it is not known whether it runs."""
     repository: Path = Path("/")
 
     def time(self, at: float) -> str:
@@ -96,7 +97,7 @@ def as_json(facts: Facts, host: dict[str, Any]) -> dict[str, Any]:
         "incident": incident.summary() | {"closed_at": facts.now, "state": "escalated", "phase": None},
         "why": facts.reason,
         "tried": list(incident.tried),
-        "running": list(facts.running),
+        "running": None if facts.running is None else list(facts.running),
         "snapshots": None
         if facts.snapshots is None
         else [
@@ -167,13 +168,19 @@ def _summary(facts: Facts, host: dict[str, Any]) -> list[str]:
         "",
         f"**Why:** {facts.reason}",
         "",
-        f"- It is **{'running: ' + '; '.join(facts.running) if facts.running else 'not running'}**.",
+        f"- {_runs(facts.running)}",
         f"- Its files are {_files_now(incident)}.",
         f"- Incident `{incident.id}`, opened {facts.time(incident.opened_at)}, given up {facts.time(facts.now)}.",
         f"- What started it: {incident.reason or 'not said'}.",
         f"- Attempts: {incident.attempts}; states that were tried: {', '.join(incident.tried) or 'none'}.",
         f"- Host {host['name']}: load {loads} on {host['cpus']} CPUs; free: {memory}, {room} for the repository.",
     ]
+
+
+def _runs(running: Sequence[str] | None) -> str:
+    if running is None:
+        return "**Whether it runs is not known**: nobody could be asked."
+    return f"It is **running: {'; '.join(running)}**." if running else "It is **not running**."
 
 
 def _files_now(incident: Incident) -> str:

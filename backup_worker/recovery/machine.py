@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backup_worker.recovery import heartbeats, processes
+from backup_worker.recovery import heartbeats
+from backup_worker.recovery.adapters import Adapter, adapter_for
 from backup_worker.recovery.incident import (
     AGAIN_AFTER_S,
     CURRENT,
@@ -143,11 +144,8 @@ class Recovery:
         return self._give_up(failed, detail)
 
     def _fence(self, incident: Incident, agent: AgentConfig) -> Incident:
-        _check_start(incident.agent, agent)
-        ended = processes.fence(self.process_of(incident.agent), term_grace_s=agent.recovery.stop_within)
-        detail = "no process was left"
-        if ended:
-            detail = "ended " + ", ".join(f"pid {process.pid} ({process.command[:60]})" for process in ended)
+        ended = self.adapter_of(incident.agent).stop(term_grace_s=agent.recovery.stop_within)
+        detail = "ended " + ", ".join(map(str, ended)) if ended else "no process was left"
         return self._enter(self._noted(incident, FENCE, True, detail), SELECT)
 
     def _select(self, incident: Incident, agent: AgentConfig) -> Incident:
@@ -219,26 +217,24 @@ class Recovery:
         return self._sleep(incident, now + LOOK_AGAIN_S)
 
     def _start(self, incident: Incident, agent: AgentConfig) -> Incident:
-        process = self.process_of(incident.agent)
+        adapter = self.adapter_of(incident.agent)
         # A worker that was killed right here may have started it already: that one would be a second incarnation.
-        processes.fence(process, term_grace_s=agent.recovery.stop_within)
+        adapter.stop(term_grace_s=agent.recovery.stop_within)
         mark = self._last_beat()
         old = self._survivors(incident, mark)
         incident = self._keep(replace(incident, start_mark=mark, old_incarnations=old))
-        pid = processes.start(process, redis_url=self.redis_url)
-        started = self._noted(
-            replace(incident, pid=pid), START, True, f"pid {pid}: {' '.join(process.command)}"
-        )
+        pid = adapter.start(redis_url=self.redis_url)
+        detail = f"pid {pid}: {adapter.describe()}" if pid else adapter.describe()
+        started = self._noted(replace(incident, pid=pid), START, True, detail)
         return self._enter(started, PROVE, deadline=self.now() + agent.heartbeat.verify_within)
 
     def _prove(self, incident: Incident, agent: AgentConfig) -> Incident | None:
-        process = self.process_of(incident.agent)
-        running = processes.find_agent(process)
-        strangers = processes.strangers(process, running)
+        adapter = self.adapter_of(incident.agent)
+        running = adapter.running()
+        strangers = adapter.strangers(running)
         if strangers:
             # Its beats cannot be told from ours, and two of them would ruin the files: both end, and it begins anew.
-            names = ", ".join(f"pid {one.pid} ({one.command[:60]})" for one in strangers)
-            detail = f"somebody else started the agent too: {names}"
+            detail = f"somebody else started the agent too: {', '.join(map(str, strangers))}"
             return self._retry(self._noted(incident, PROVE, False, detail), detail, FENCE, state_failed=False)
         if not running:
             # Also if it had beaten often enough: what has ended does not live.
@@ -275,10 +271,11 @@ class Recovery:
     def _left_stopped(self, incident: Incident) -> Incident:
         """End what was started last: a human finds an agent that stands still, not one that is half alive."""
         try:
-            ended = processes.fence(self.process_of(incident.agent))
+            grace_s = self.config.agents[incident.agent].recovery.stop_within
+            ended = self.adapter_of(incident.agent).stop(term_grace_s=grace_s)
         except AgentBackupError as error:
             return self._noted(incident, FENCE, False, str(error))
-        detail = f"ended pid {', '.join(str(one.pid) for one in ended)}; it is left stopped"
+        detail = f"ended {', '.join(map(str, ended))}; it is left stopped"
         return self._noted(incident, FENCE, True, detail) if ended else incident
 
     def _recovered(self, incident: Incident) -> Incident:
@@ -320,11 +317,9 @@ class Recovery:
         self.store.save(replace(incident, resumes=0), wake_at=until)
         return None
 
-    def process_of(self, name: str) -> processes.Agent:
-        """Return what is needed to find and start the process of agent `name`."""
-        agent = self.config.agents[name]
-        command = tuple(agent.start.command or ()) if agent.start else ()
-        return processes.Agent(name, agent.root, command, self.config.schedule.state)
+    def adapter_of(self, name: str) -> Adapter:
+        """Return what starts and ends agent `name`; raises AgentBackupError if it has no `start`."""
+        return adapter_for(name, self.config.agents[name], self.config.schedule.state)
 
     def evidence_folder(self, incident: Incident) -> Path:
         """Return the folder of everything that is kept of this incident."""
@@ -343,22 +338,8 @@ class Recovery:
         return tuple(sorted({*incident.old_incarnations, *recent.incarnations(incident.agent)}))
 
     def _last_words(self, agent: str) -> str:
-        lines = processes.last_log_lines(self.process_of(agent), 3)
+        lines = self.adapter_of(agent).log_lines(3)
         return " / ".join(lines) if lines else "it wrote nothing"
-
-
-def _check_start(name: str, agent: AgentConfig) -> None:
-    """Raise AgentBackupError for an agent that we could neither prove gone nor start."""
-    if agent.start is None:
-        raise AgentBackupError(
-            f"agent “{name}” has no `start`, so its process cannot be proven gone, nor started; nothing was changed",
-            hint="write `start` for it in agents.json, or stop it, `backup-worker restore` it and start it by hand",
-        )
-    if agent.start.command is None:
-        raise AgentBackupError(
-            f"agent “{name}” is run by {agent.start.adapter}, which recovery cannot handle; nothing was changed",
-            hint=f"stop it with {agent.start.adapter}, `backup-worker restore` it, and start it again",
-        )
 
 
 def _escalated_since(incident: Incident, since: float) -> bool:

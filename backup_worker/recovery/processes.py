@@ -39,10 +39,13 @@ class FenceFailed(AgentBackupError):
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A live process of an agent."""
+    """A live process of an agent. A pid of 0: its supervisor is about to start one."""
 
     pid: int
     command: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({self.command[:60]})" if self.pid else self.command
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from backup_worker.due import IncidentDue
-from backup_worker.recovery import evidence, heartbeats, processes
+from backup_worker.recovery import evidence, heartbeats
 from backup_worker.recovery.incident import RECOVERED, Incident, IncidentStore
 from backup_worker.recovery.machine import OPENED, Escalation, Recovery
 from backup_worker.recovery.states import States
@@ -106,11 +106,7 @@ class RecoveryService:
 
     def _facts(self, incident: Incident, escalation: Escalation) -> evidence.Facts:
         schedule = self.runtime.config.schedule
-        log_lines, running = [], []
-        if incident.agent in self.runtime.config.agents:
-            process = self._machine().process_of(incident.agent)
-            log_lines = processes.last_log_lines(process)
-            running = [f"pid {one.pid} ({one.command[:80]})" for one in processes.find_agent(process)]
+        log_lines, running = self._of_the_process(incident.agent)
         try:
             heads = self.runtime.repository.snapshots(incident.agent)
             snapshots = sorted(heads, key=lambda head: head.created_at, reverse=True)
@@ -128,6 +124,17 @@ class RecoveryService:
             running=running,
             repository=schedule.repository,
         )
+
+    def _of_the_process(self, agent: str) -> tuple[list[str], list[str] | None]:
+        """Return the agent's last log lines and its processes; None if nobody can say which there are."""
+        if agent not in self.runtime.config.agents:
+            return [], []
+        try:
+            adapter = self._machine().adapter_of(agent)
+            return adapter.log_lines(), [str(one) for one in adapter.running()]
+        except (AgentBackupError, OSError) as error:
+            log.error("the process of %s cannot be looked at: %s", agent, error)
+            return [], None
 
     def _recent_beats(self, agent: str) -> list[tuple[str, str]]:
         client = self.runtime.redis

@@ -356,7 +356,11 @@ def test_a_recovery_by_hand_is_put_before_the_workers_at_once(fleet: Fleet) -> N
 
 
 @pytest.mark.parametrize(
-    ("start", "why"), [(None, "has no `start`"), ({"systemd": {"unit": "z.service"}}, "run by systemd")]
+    ("start", "why"),
+    [
+        (None, "has no `start`"),
+        ({"supervisord": {"program": "z", "server": "unix:///nowhere.sock"}}, "cannot be asked"),
+    ],
 )
 def test_an_agent_that_cannot_be_proven_gone_is_left_alone_and_escalated(
     fleet: Fleet, start: dict[str, Any] | None, why: str
@@ -370,6 +374,10 @@ def test_an_agent_that_cannot_be_proven_gone_is_left_alone_and_escalated(
     assert steps(incident) == ["open", "fence!"]
     assert why in incident.steps[-1].detail
     assert fleet.files("z") == before
+    report = (Path(incident.evidence[-1]) / "REPORT.md").read_text()
+    assert "Whether it runs is not known" in report
+    by_hand = cli(fleet, "restore", "z")
+    assert (by_hand.returncode == 1) == (start is not None), by_hand.stderr
 
 
 def test_an_agent_that_left_the_configuration_is_given_to_a_human(fleet: Fleet) -> None:

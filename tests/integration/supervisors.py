@@ -1,0 +1,399 @@
+"""Supervisors for the tests of the adapters: ours, a real supervisord, a small `systemctl`, a small Docker API.
+
+No systemd and no Docker run where the tests run, so these two are played: what they say has the shape of the real ones,
+and the processes behind it are real.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import parse_qs, urlsplit
+
+import psutil
+import pytest
+
+from backup_worker.recovery.adapters import systemd
+from tests.living_fleet import wait_for
+
+PASSWORD = "se:cret"  # not one of anybody
+
+
+class Supervisor(Protocol):
+    """Keeps agents; `start_of` is the agent's `start` in agents.json."""
+
+    def keep(self, name: str, command: list[str], root: Path, env: Mapping[str, str]) -> None: ...
+
+    def start_of(self, name: str) -> dict[str, Any]: ...
+
+    def go_away(self) -> None:
+        """Stop answering, but leave the agents alone."""
+
+    def close(self) -> None: ...
+
+
+class Ourselves:
+    """No supervisor: the command is run by ourselves."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.commands: dict[str, list[str]] = {}
+
+    def keep(self, name: str, command: list[str], root: Path, env: Mapping[str, str]) -> None:
+        self.commands[name] = command
+
+    def start_of(self, name: str) -> dict[str, Any]:
+        return {"command": self.commands[name]}
+
+    def go_away(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RealSupervisord:
+    """supervisord itself, on a unix socket, or with `tcp` on a port with a password."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, tcp: int = 0) -> None:
+        self.folder = folder / "supervisord"
+        self.folder.mkdir()
+        # The path of a unix socket may have about 100 characters, a test's folder has more.
+        self.socket = Path(f"/tmp/supervisord-{os.getpid()}-{id(self):x}.sock")
+        self.tcp = tcp
+        self.programs = ""
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def server(self) -> str:
+        return (
+            f"http://user:{PASSWORD.replace(':', '%3A')}@127.0.0.1:{self.tcp}"
+            if self.tcp
+            else f"unix://{self.socket}"
+        )
+
+    def keep(
+        self, name: str, command: list[str], root: Path, env: Mapping[str, str], options: str = ""
+    ) -> None:
+        environment = ",".join(f'{key}="{value}"' for key, value in env.items())
+        self.programs += (
+            f"[program:{name}]\ncommand={shlex.join(command)}\ndirectory={root}\nenvironment={environment}\n"
+            "autostart=false\nautorestart=false\nstartsecs=0\nredirect_stderr=true\n" + options
+        )
+        self.start()
+
+    def start(self) -> None:
+        self.close()
+        own = f"[unix_http_server]\nfile={self.socket}\n"
+        if self.tcp:
+            own = f"[inet_http_server]\nport=127.0.0.1:{self.tcp}\nusername=user\npassword={PASSWORD}\n"
+        conf = self.folder / "supervisord.conf"
+        conf.write_text(
+            f"[supervisord]\nnodaemon=true\nlogfile={self.folder}/log\npidfile={self.folder}/pid\n"
+            f"childlogdir={self.folder}\n" + own + "[rpcinterface:supervisor]\n"
+            "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n" + self.programs
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        log = self.folder / "log"
+        wait_for(lambda: log.exists() and "supervisord started" in log.read_text(), "supervisord")
+
+    def start_of(self, name: str) -> dict[str, Any]:
+        return {"supervisord": {"program": name, "server": self.server}}
+
+    def go_away(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        if self.process is not None:
+            for child in psutil.Process(self.process.pid).children() if self.process.poll() is None else ():
+                child.kill()
+            self.process.kill()
+            self.process.wait()
+        self.socket.unlink(missing_ok=True)
+        (self.folder / "log").unlink(missing_ok=True)
+
+
+SYSTEMCTL = '''#!%s
+import json, os, pathlib, signal, subprocess, sys
+import psutil
+
+units = pathlib.Path(%r)
+words = [word for word in sys.argv[1:] if not word.startswith("-")]
+verb, unit = words[0], words[-1]
+file = units / (unit + ".json")
+if not units.exists():
+    sys.exit("Failed to connect to bus: Host is down")
+if not file.exists():
+    if verb == "show":
+        print("LoadState=not-found\\nActiveState=inactive\\nSubState=dead\\nMainPID=0\\nControlGroup=")
+        sys.exit(0)
+    print(f"Failed to {verb} {unit}: Unit {unit} not found.", file=sys.stderr)
+    sys.exit(5)
+facts = json.loads(file.read_text())
+
+def alive(process):
+    return process.status() != psutil.STATUS_ZOMBIE
+
+def members():
+    """Those that a control group holds: whatever descends from the start, known by its invocation."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("INVOCATION_ID") == facts.get("invocation", "none") and alive(process):
+                found.append(process)
+        except (psutil.Error, OSError):
+            pass
+    return found
+
+def send(signum):
+    for process in members():
+        try:
+            process.send_signal(signum)
+            if signum == signal.SIGTERM:
+                process.send_signal(signal.SIGCONT)
+        except psutil.Error:
+            pass
+
+def keep():
+    file.write_text(json.dumps(facts))
+
+if verb == "show":
+    inside = members()
+    main = [one for one in inside if one.pid == facts.get("pid")]
+    state = "active" if main else "inactive"
+    if facts.get("stopping"):
+        state = "deactivating" if inside else "inactive"
+    group = pathlib.Path(%r) / "system.slice" / unit
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "cgroup.procs").write_text("".join(f"{one.pid}\\n" for one in inside))
+    print("LoadState=loaded", f"ActiveState={state}", "SubState=running", sep="\\n")
+    print(f"MainPID={main[0].pid if main else 0}", f"ControlGroup=/system.slice/{unit}", sep="\\n")
+elif verb == "start":
+    facts |= {"stopping": False, "invocation": os.urandom(8).hex()}
+    log = open(units / (unit + ".log"), "ab")
+    env = {**os.environ, **facts["env"], "INVOCATION_ID": facts["invocation"]}
+    try:
+        child = subprocess.Popen(facts["command"], cwd=facts["root"], env=env, stdout=log, stderr=log, stdin=-3,
+                                 start_new_session=True)
+        facts["pid"] = child.pid
+    except OSError as error:
+        log.write(str(error).encode())
+        facts["pid"] = 0
+    keep()
+elif verb == "stop":
+    facts["stopping"] = True
+    keep()
+    send(signal.SIGTERM)
+elif verb == "kill":
+    send(signal.SIGKILL)
+'''
+
+JOURNALCTL = """#!/bin/sh
+for word in "$@"; do
+  case "$word" in
+    --unit=*) unit=${word#--unit=} ;;
+    --lines=*) lines=${word#--lines=} ;;
+  esac
+done
+exec tail -n "$lines" %s/"$unit".log
+"""
+
+
+class SmallSystemd:
+    """A `systemctl` and a `journalctl` on the PATH: no systemd runs where the tests run."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.units = folder / "units"
+        self.units.mkdir()
+        groups = folder / "cgroups"
+        programs = folder / "bin"
+        programs.mkdir()
+        (programs / "systemctl").write_text(SYSTEMCTL % (sys.executable, str(self.units), str(groups)))
+        (programs / "journalctl").write_text(JOURNALCTL % self.units)
+        for program in programs.iterdir():
+            program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        monkeypatch.setattr(systemd, "CGROUPS", groups)
+
+    def keep(self, name: str, command: list[str], root: Path, env: Mapping[str, str]) -> None:
+        unit = {"command": command, "root": str(root), "env": dict(env)}
+        (self.units / f"{name}.service.json").write_text(json.dumps(unit))
+
+    def start_of(self, name: str) -> dict[str, Any]:
+        return {"systemd": {"unit": f"{name}.service"}}
+
+    def go_away(self) -> None:
+        self.units.rename(self.units.with_name("gone"))
+
+    def close(self) -> None: ...
+
+
+class SmallDocker:
+    """The part of the Docker API that is used, on a unix socket: containers are plain processes of this host."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.socket = Path(f"/tmp/docker-{os.getpid()}-{id(self):x}.sock")
+        self.containers: dict[str, Container] = {}
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer()
+
+            def do_POST(self) -> None:
+                self._answer()
+
+            def _answer(self) -> None:
+                status, body = outer.answer(self.command, self.path)
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None: ...
+
+            def address_string(self) -> str:
+                return "unix"
+
+        class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+            daemon_threads = True
+
+        self.server = Server(str(self.socket), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def keep(self, name: str, command: list[str], root: Path, env: Mapping[str, str]) -> None:
+        self.containers[f"agent-{name}"] = Container(
+            command, root, dict(env), self.folder / f"{name}.docker.log"
+        )
+
+    def start_of(self, name: str) -> dict[str, Any]:
+        return {"docker": {"container": f"agent-{name}", "server": f"unix://{self.socket}"}}
+
+    def answer(self, method: str, path: str) -> tuple[int, bytes]:
+        parts = urlsplit(path)
+        _, _, name, action = parts.path.split("/")
+        options = {key: values[0] for key, values in parse_qs(parts.query).items()}
+        if name not in self.containers:
+            return 404, json.dumps({"message": f"No such container: {name}"}).encode()
+        status, answer = getattr(self.containers[name], f"{method.lower()}_{action}")(options)
+        if isinstance(answer, bytes):
+            return status, answer
+        return status, json.dumps(answer).encode() if answer is not None else b""
+
+    def go_away(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.socket.unlink()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.socket.unlink(missing_ok=True)
+        for container in self.containers.values():
+            container.end_all()
+
+
+class Container:
+    """One container: a process whose tree ends with it, as a pid namespace does."""
+
+    def __init__(self, command: list[str], root: Path, env: dict[str, str], log: Path) -> None:
+        self.command, self.root, self.env, self.log = command, root, env, log
+        self.process: subprocess.Popen[bytes] | None = None
+        self.tree: list[psutil.Process] = []
+
+    def runs(self) -> bool:
+        if self.process is None:
+            return False
+        if self.process.poll() is None:
+            main = psutil.Process(self.process.pid)
+            self.tree += [one for one in main.children(recursive=True) if one not in self.tree]
+            return True
+        self.end_all()
+        return False
+
+    def end_all(self) -> None:
+        for one in self.tree:
+            if one.is_running():
+                one.kill()
+        self.tree = []
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def get_json(self, _: dict[str, str]) -> tuple[int, Any]:
+        runs = self.runs()
+        state = {
+            "Status": "running" if runs else "exited" if self.process else "created",
+            "Running": runs, "Paused": False, "Restarting": False, "Dead": False, "OOMKilled": False,
+            "Pid": self.process.pid if runs and self.process else 0,
+            "ExitCode": 0 if runs or not self.process else self.process.returncode,
+        }  # fmt: skip
+        return 200, {"Id": "0" * 64, "State": state, "Config": {"Tty": False}}
+
+    def get_top(self, _: dict[str, str]) -> tuple[int, Any]:
+        if not self.runs():
+            return 409, {"message": "container is not running"}
+        assert self.process is not None
+        pids = [self.process.pid, *(one.pid for one in self.tree)]
+        return 200, {"Titles": ["UID", "PID", "CMD"], "Processes": [["root", str(pid), "?"] for pid in pids]}
+
+    def get_logs(self, options: dict[str, str]) -> tuple[int, bytes]:
+        lines = self.log.read_bytes().splitlines(keepends=True) if self.log.exists() else []
+        frames = (
+            bytes([1, 0, 0, 0]) + len(line).to_bytes(4, "big") + line
+            for line in lines[-int(options["tail"]) :]
+        )
+        return 200, b"".join(frames)
+
+    def post_start(self, _: dict[str, str]) -> tuple[int, Any]:
+        if self.runs():
+            return 304, None
+        try:
+            with self.log.open("ab") as log:
+                self.process = subprocess.Popen(
+                    self.command, cwd=self.root, env={**os.environ, **self.env}, stdout=log, stderr=log,
+                    start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            return 400, {"message": f"failed to create task for container: {error}"}
+        return 204, None
+
+    def post_stop(self, options: dict[str, str]) -> tuple[int, Any]:
+        if not self.runs():
+            return 304, None
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(int(options["t"]))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.process.wait()
+        self.runs()
+        return 204, None
+
+    def post_kill(self, _: dict[str, str]) -> tuple[int, Any]:
+        if not self.runs():
+            return 409, {"message": "container is not running"}
+        self.end_all()
+        return 204, None
+
+
+KINDS: dict[str, type[Supervisor]] = {
+    "command": Ourselves,
+    "supervisord": RealSupervisord,
+    "systemd": SmallSystemd,
+    "docker": SmallDocker,
+}

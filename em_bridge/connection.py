@@ -97,6 +97,12 @@ def connect(
 
 def _split(url: str) -> SplitResult:
     shown = hide_password(url)
+    # Parsed as it stands, a part of such a password would count as port or path, and be shown in a message.
+    if re.match(r"[a-z+]+://[^@]*[/?#\[\]].*@", url) and not url.startswith("unix:"):
+        raise UsageError(
+            f"wrong redis url “{shown}”: user or password hold a character that has a meaning in a URL",
+            hint="write / as %2F, ? as %3F, # as %23, [ as %5B, ] as %5D, @ as %40; " + _URL_HINT,
+        )
     try:
         parts = urlsplit(url)
     except ValueError as problem:

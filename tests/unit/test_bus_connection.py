@@ -42,6 +42,11 @@ def test_every_kind_of_url_gives_a_client(url: str, place: str) -> None:
         "redis+sentinel://:secret@example/fleet/x",
         "redis://user:secret@[::1/0",
         "redis://:secret@example:x/0",
+        "redis://:12/secret@example/0",
+        "redis://u:secret#12@example/0",
+        "redis://u:12?secret@example/0",
+        "redis+sentinel://:12/secret@example/fleet",
+        "rediss://u:12[secret@example/0",
     ],
 )
 def test_a_wrong_url_is_refused_with_a_hint_and_without_its_password(url: str) -> None:

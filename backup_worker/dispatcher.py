@@ -29,7 +29,7 @@ import redis.exceptions
 from rq.job import Retry
 from rq.queue import Queue
 
-from backup_worker import due, queues
+from backup_worker import due, queues, retries
 from em_bridge import clock, connection, events, streams
 from em_bridge.errors import AgentBackupError, InvalidEvent, RedisRefused
 
@@ -48,9 +48,12 @@ MAX_DELIVERIES = 5
 MARK_TTL_S = 30 * 24 * 3600
 """How long a job id counts as handed off: longer than any entry stays on a stream."""
 
-RUNS = 3
-"""How often a job whose worker was killed is run again before it fails loudly."""
-JOB_TIMEOUT_S = 3600
+TIME_LIMITS_S = {
+    "backup": 3600, "config_change": 3600, "agent_state": 1800, "incident": 1800, "maintenance": 3600,
+}  # fmt: skip
+"""How long each job function may run. A recovery copies no more than one agent's files and never waits for it."""
+DELIVERY_LIMIT_S = 300
+"""The same for sending alerts, which waits for other people's servers."""
 RESULT_TTL_S = 3600
 FAILURE_TTL_S = 7 * 24 * 3600
 
@@ -269,14 +272,21 @@ def _job_id(stream: str, entry_id: str) -> str:
     return f"{stream.removeprefix('em:')}_{entry_id}"
 
 
+def time_limit_s(job: Job) -> int:
+    """Return how many seconds `job` may run before it is stopped."""
+    if job.args.get("task") == "deliver":
+        return DELIVERY_LIMIT_S
+    return TIME_LIMITS_S[job.function]
+
+
 def _rq_job(job: Job) -> Any:
     return Queue.prepare_data(
         f"backup_worker.jobs.{job.function}",
         args=[dict(job.args)],
-        timeout=JOB_TIMEOUT_S,
+        timeout=time_limit_s(job),
         result_ttl=RESULT_TTL_S,
         failure_ttl=FAILURE_TTL_S,
         description=job.description,
         job_id=job.id,
-        retry=Retry(max=RUNS),
+        retry=Retry(max=len(retries.PAUSES_S)),
     )

@@ -20,10 +20,11 @@ import redis.exceptions
 import rq.serializers
 from rq.exceptions import DeserializationError, NoSuchJobError
 from rq.intermediate_queue import IntermediateQueue
-from rq.job import UNEVALUATED, Job
+from rq.job import UNEVALUATED, Job, JobStatus
 from rq.queue import Queue
 from rq.utils import now as rq_now
 
+from em_bridge import clock
 from em_bridge.errors import AgentBackupError
 from em_bridge.scripts import Script
 
@@ -82,6 +83,20 @@ rq.serializers.SERIALIZER_ALIASES["pickle"] = MsgpackSerializer
 
 class SafeJob(Job):
     """A job that can only be one of `ALLOWED`, without callbacks and webhooks."""
+
+    pause_s = 0.0
+    """How long to wait before it runs again, if its failure asks for that."""
+
+    def retry(self, queue: Queue, pipeline: Any) -> None:
+        """Put the failed job back, at once or behind `pause_s`; see `backup_worker.retries`."""
+        if not self.pause_s:
+            super().retry(queue, pipeline)
+            return
+        assert self.retries_left
+        self.retries_left -= 1
+        self.set_status(JobStatus.SCHEDULED, pipeline=pipeline)
+        pipeline.hset(self.key, "retries_left", self.retries_left)
+        pipeline.zadd(f"rq:scheduled:{queue.name}", {self.id: clock.now() + self.pause_s})
 
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> Job:

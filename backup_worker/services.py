@@ -21,7 +21,7 @@ import redis.exceptions
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from backup_worker import jobs, maintain, queues, schedule
+from backup_worker import jobs, maintain, queues, retries, schedule
 from backup_worker.config import Config, ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.due import BackupDue, MaintenanceDue
@@ -124,7 +124,7 @@ def publish_fleet(client: Any, config: Config) -> None:
 
 
 def dispatcher(config_dir: Path, url: str | None) -> None:
-    """Hand events to the workers, and wake incidents."""
+    """Hand events to the workers, and wake what waits: incidents, and jobs that are tried again."""
     watch = ConfigWatch(config_dir)
     # Never retried by the client: a transaction whose reply was lost is found again through its marks.
     handing_off = Dispatcher(connection.connect(url, retrying=False))
@@ -152,6 +152,7 @@ def _pace(stop: threading.Event, client: Any, watch: ConfigWatch) -> None:
             publish_fleet(client, watch.current)
             # Again now and then: a server that lost its data needs it anew.
             fleet_due = now + 30.0
+        retries.wake(client, clock.now())
         return min(IDLE_TICK_S, pacemaker.tick(watch.current, streams.server_time(client)))
 
     every(stop, "dispatcher", client, step)

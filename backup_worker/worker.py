@@ -6,8 +6,11 @@ the worker along; that costs about 9 ms a job over the in-process kind, which is
 RQ by itself waits 90 s to 12 min before it believes that a worker is dead. Here a running job's lease is
 `LEASE_S`, renewed every `MONITOR_S`, and every idle worker looks for expired leases every `MAINTENANCE_S`. If the
 worker is killed but its child is not, the kernel ends the child (PR_SET_PDEATHSIG): otherwise the job would run
-twice at once. What a job that fails means is decided in `FailurePolicy`: a passing fault is run again, a lasting one
-is not, and the last failure is recorded and alerts.
+twice at once. What a job that fails means is decided in `FailurePolicy`: a passing fault is run again after a pause, a
+lasting one is not, and the last failure is recorded and alerts.
+
+A job that runs beyond its time limit is stopped by an alarm in its child, and fails for good; a child that the alarm
+does not reach (it is stopped, or deep in foreign code) is killed `HANG_GRACE_S` later.
 """
 
 from __future__ import annotations
@@ -27,13 +30,12 @@ from redis.retry import Retry
 from rq.exceptions import AbandonedJobError, StopRequested
 from rq.job import Job
 from rq.queue import Queue
+from rq.timeouts import JobTimeoutException
 from rq.worker import Worker
 
-from backup_worker import queues
+from backup_worker import queues, retries
 from backup_worker.health import Mark
 from backup_worker.supervisor import PR_SET_PDEATHSIG
-from em_bridge import connection
-from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -46,6 +48,9 @@ MAINTENANCE_S = 1
 BLOCK_S = 2
 """How long one blocking read for a job lasts: shorter than the client's socket timeout, and a worker that waits looks
 for abandoned jobs in between."""
+
+HANG_GRACE_S = 5.0
+"""How long behind its time limit a child that did not stop by itself is killed."""
 
 STOPPING_TRIES = 6
 """How often a worker that is asked to stop tries to reach Redis: for about two seconds."""
@@ -61,6 +66,8 @@ class BackupWorker(Worker):
     queue_class = queues.SafeQueue
     job_class = queues.SafeJob
     _mark: Mark | None = None
+    _overran: str | None = None
+    """The job whose child was killed because it did not stop at its time limit."""
 
     @property
     def dequeue_timeout(self) -> int:
@@ -94,6 +101,12 @@ class BackupWorker(Worker):
 
     def maintain_heartbeats(self, job: Job) -> None:
         """Renew the lease of the running job, RQ's mark of this worker, and that of the part."""
+        limit_s = job.timeout
+        if limit_s and limit_s > 0 and self.current_job_working_time > limit_s + HANG_GRACE_S:
+            log.warning("job %s did not stop at its time limit; killing it", job.id)
+            self._overran = job.id
+            self.kill_horse()
+            return
         try:
             super().maintain_heartbeats(job)
             self.heartbeat()
@@ -119,8 +132,12 @@ class BackupWorker(Worker):
         if not self.is_horse:
             if self._stopped_job_id == job.id:
                 job.retries_left = 0
+            error: BaseException = AbandonedJobError(exc_string.strip(" ;"))
+            if self._overran == job.id:
+                error = JobTimeoutException(f"it did not stop at its time limit of {job.timeout} s")
+                self._overran = None
             for judge in self._exc_handlers:
-                judge(job, AbandonedJobError, AbandonedJobError(exc_string.strip(" ;")), None)
+                judge(job, type(error), error, None)
         super().handle_job_failure(job, queue, started_job_registry, exc_string)
 
     def main_work_horse(self, job: Job, queue: Queue) -> None:
@@ -133,10 +150,9 @@ class BackupWorker(Worker):
 
 
 class FailurePolicy:
-    """RQ's exception handler: says whether a failed job runs again, and tells `on_last` of the one that does not.
+    """RQ's exception handler: says whether and when a failed job runs again, and tells `on_last` of one that does not.
 
-    Passing: the worker was killed, Redis was away, or an error whose class says `retryable`. Everything else would
-    only fail again.
+    The rules are in `backup_worker.retries`.
     """
 
     def __init__(self, on_last: Failure) -> None:
@@ -146,20 +162,18 @@ class FailurePolicy:
         self, job: Job, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> bool:
         """Decide; always returns True, so that RQ goes on with its own bookkeeping."""
-        if not _is_passing(error):
+        # Whatever somebody wrote there, it is not more than a job of ours gets.
+        job.retries_left = min(job.retries_left or 0, len(retries.PAUSES_S))
+        pause_s = retries.pause_before_next(error, job.retries_left)
+        if pause_s is None:
             job.retries_left = 0
-        if job.retries_left:
-            log.warning("job %s failed and runs again: %s", job.id, error)
-        else:
             log.error("job %s failed: %s: %s", job.id, kind.__name__, error)
             self.on_last(job, error)
+        else:
+            if isinstance(job, queues.SafeJob):
+                job.pause_s = pause_s
+            log.warning("job %s failed and runs again in %.0f s: %s", job.id, pause_s, error)
         return True
-
-
-def _is_passing(error: BaseException) -> bool:
-    if isinstance(error, redis.exceptions.RedisError):
-        error = connection.translate(error) or error
-    return isinstance(error, AbandonedJobError) or (isinstance(error, AgentBackupError) and error.retryable)
 
 
 def make_worker(

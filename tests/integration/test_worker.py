@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
 import socket
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -14,17 +16,15 @@ from typing import Any
 
 import psutil
 import pytest
-import redis.exceptions
 from redis import Redis
-from rq.job import Job, JobStatus
+from rq.job import JobStatus
 
-from backup_worker import alerts, jobs, queues
+from backup_worker import alerts, backups, jobs, queues, retries
+from backup_worker import worker as worker_module
 from backup_worker.dispatcher import Job as Planned
 from backup_worker.dispatcher import _rq_job
-from backup_worker.history import HistoryUnwritable
 from backup_worker.worker import BackupWorker, make_worker
 from em_bridge.connection import connect
-from em_bridge.errors import NotFound, RedisUnavailable
 from tests.integration.conftest import ValkeyServer
 from tests.integration.parts import Part
 from tests.small_fleet import SmallFleet, until
@@ -219,27 +219,78 @@ def test_a_lasting_error_is_told_at_once_and_not_tried_again(
     assert failures(client) == ["backup/daily/nobody"]
 
 
-def test_a_passing_error_is_tried_again_and_its_last_failure_is_told(
-    valkey: ValkeyServer, client: Redis, fleet: SmallFleet
+class Busy:
+    """While the file is there, no snapshot can be taken; each try leaves its time in it."""
+
+    def __init__(self, fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path = fleet.folder / "busy"
+        self.path.touch()
+        take_snapshot = backups.take_snapshot
+
+        def take(*args: Any, **options: Any) -> Any:
+            if self.path.exists():
+                with self.path.open("a") as file:
+                    file.write("x")
+                raise OSError(errno.EBUSY, "somebody else uses it")
+            return take_snapshot(*args, **options)
+
+        monkeypatch.setattr(backups, "take_snapshot", take)
+
+    @property
+    def tries(self) -> int:
+        return len(self.path.read_text())
+
+
+def test_a_passing_fault_waits_without_a_worker_and_the_job_succeeds_when_it_has_passed(
+    valkey: ValkeyServer, client: Redis, fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enqueue(client, backup_of("z"))
-    jobs.prepare(fleet.config_dir)
-    told: list[BaseException] = []
-    worker = make_worker(queues.BACKUP, connect(valkey.url), lambda job, error: told.append(error))
-    judge = worker._exc_handlers[0]
-    job = Job.fetch(f"daily_{SLOT}_z", connection=client, serializer=queues.MsgpackSerializer)
-    assert job.retries_left == 3
-    passing = [redis.exceptions.ConnectionError("gone"), RedisUnavailable("gone"), HistoryUnwritable("full")]
-    for error in passing:
-        judge(job, type(error), error, None)
-        assert (job.retries_left, told) == (3, [])
-    for error in (NotFound("no"), ValueError("bad"), redis.exceptions.AuthenticationError("wrong")):
-        job.retries_left = 3
-        judge(job, type(error), error, None)
-        assert job.retries_left == 0
-        assert told.pop() is error
-    judge(job, RedisUnavailable, passing[1], None)
-    assert told == [passing[1]]
+    busy = Busy(fleet, monkeypatch)
+    job_id = enqueue(client, backup_of("z"))
+    began = time.time()
+    work_off(valkey, fleet)
+    assert (status(client, job_id), busy.tries) == ("scheduled", 1)
+    work_off(valkey, fleet)
+    assert (retries.wake(client, began), busy.tries) == (0, 1)
+    ((_, due_at),) = client.zrange("rq:scheduled:backup", 0, -1, withscores=True)
+    assert retries.PAUSES_S[0] <= due_at - began < retries.PAUSES_S[0] + 5
+    busy.path.unlink()
+    assert retries.wake(client, due_at) == 1
+    work_off(valkey, fleet)
+    assert status(client, job_id) == "finished"
+    assert fleet.snapshots == [f"daily/{SLOT}/z"]
+    assert failures(client) == []
+
+
+def test_a_passing_fault_that_does_not_pass_is_tried_a_bounded_number_of_times_and_told_once(
+    valkey: ValkeyServer, client: Redis, fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = Busy(fleet, monkeypatch)
+    job_id = enqueue(client, backup_of("z"))
+    pauses = []
+    work_off(valkey, fleet)
+    while status(client, job_id) == "scheduled":
+        ((_, due_at),) = client.zrange("rq:scheduled:backup", 0, -1, withscores=True)
+        pauses.append(due_at - time.time())
+        assert failures(client) == []
+        retries.wake(client, due_at)
+        work_off(valkey, fleet)
+    assert status(client, job_id) == "failed"
+    assert busy.tries == len(pauses) + 1 == len(retries.PAUSES_S) + 1
+    assert pauses == sorted(pauses)
+    assert failures(client) == ["backup/daily/z"]
+    assert len(fleet.history("backup-failed")) == 1
+
+
+def test_a_dispatcher_wakes_a_job_whose_pause_has_ended(
+    valkey: ValkeyServer, client: Redis, fleet: SmallFleet, parts: list[Part]
+) -> None:
+    words = ("dispatcher", "--config", str(fleet.config_dir), "--redis-url", valkey.url)
+    parts.append(Part(fleet.folder, *words))
+    job_id = enqueue(client, backup_of("z"))
+    client.lpop("rq:queue:backup")
+    client.hset(f"rq:job:{job_id}", "status", "scheduled")
+    client.zadd("rq:scheduled:backup", {job_id: time.time() + 0.5})
+    until(lambda: client.lrange("rq:queue:backup", 0, -1) == [job_id.encode()])
 
 
 def test_a_job_that_hangs_is_stopped_at_its_time_limit_and_told(
@@ -250,6 +301,33 @@ def test_a_job_that_hangs_is_stopped_at_its_time_limit_and_told(
         plant(client, ours, {"timeout": "1", "retries_left": "3"})
         work_off(valkey, fleet)
     assert status(client, "planted") == "failed"
+    assert failures(client) == ["backup/daily/z"]
+
+
+def test_a_job_that_no_alarm_reaches_is_killed_behind_its_time_limit_and_not_run_again(
+    valkey: ValkeyServer, client: Redis, fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "HANG_GRACE_S", 0.5)
+    ours = packed("backup_worker.jobs.backup", {"tier": "daily", "slot": SLOT, "agent": "z"})
+    frozen: list[int] = []
+
+    def freeze() -> None:
+        until(lambda: status(client, "planted") == "started")
+        children = psutil.Process().children()
+        (child,) = [one for one in children if one.pid != valkey.pid]
+        child.suspend()
+        frozen.append(child.pid)
+
+    with fleet.repository.lock("take.daily.z"):
+        plant(client, ours, {"timeout": "1", "retries_left": "3"})
+        freezing = threading.Thread(target=freeze)
+        freezing.start()
+        work_off(valkey, fleet)
+        freezing.join()
+    assert len(frozen) == 1
+    assert status(client, "planted") == "failed"
+    (line,) = fleet.history("backup-failed")
+    assert "did not stop at its time limit of 1 s" in line["error"]
     assert failures(client) == ["backup/daily/z"]
 
 

@@ -20,7 +20,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,17 +84,17 @@ class History:
         Raises `HistoryUnwritable` (full disk, no permission, locked for too long) and `UsageError` (a bad kind or a
         field with a reserved name).
         """
-        if not _KIND.fullmatch(kind):
-            raise UsageError(
-                f"“{kind}” is not a kind of history line", hint="lower-case words joined by hyphens"
-            )
-        if reserved := _RESERVED & fields.keys():
-            raise UsageError(f"“{min(reserved)}” is written by the history itself")
-        content = {key: _plain(value) for key, value in fields.items()}
+        return self.extend([(kind, now, fields)])[0]
+
+    def extend(self, lines: Iterable[tuple[str, float, Mapping[str, Any]]]) -> list[Line]:
+        """Add lines of (kind, now, fields) as `append` does: all of them or none, and with one wait for the disk."""
+        contents = [(kind, float(now), _checked(kind, fields)) for kind, now, fields in lines]
+        if not contents:
+            return []
         try:
             # The kernel's lock is asked for again and again; threads of this process need not wait like that.
             with self._threads, self._locked() as file:
-                return self._append(file, kind, float(now), content)
+                return self._append(file, contents)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise HistoryUnwritable(
@@ -174,7 +174,7 @@ class History:
                 fcntl.flock(file, fcntl.LOCK_UN)
                 os.close(file)
 
-    def _append(self, file: int, kind: str, now: float, content: Mapping[str, Any]) -> Line:
+    def _append(self, file: int, contents: Sequence[tuple[str, float, Mapping[str, Any]]]) -> list[Line]:
         size = os.fstat(file).st_size
         if size == 0:
             _sync_folder(self.path.parent)
@@ -193,11 +193,12 @@ class History:
         elif torn:
             found["removed"] = _plain(torn[:1000].decode("utf-8", "backslashreplace"))
             found["removed_bytes"] = len(torn)
-        written: list[Line] = []
         if found:
-            written.append(_next(seq, previous, now, HEALED, found))
+            contents = [(HEALED, contents[0][1], found), *contents]
+        written: list[Line] = []
+        for kind, now, content in contents:
+            written.append(_next(seq, previous, now, kind, content))
             seq, previous = written[-1]["seq"], written[-1]["hash"]
-        written.append(_next(seq, previous, now, kind, content))
         data = missing_newline + b"".join(_render(line) for line in written)
         try:
             if sound != size:
@@ -209,7 +210,15 @@ class History:
             with contextlib.suppress(OSError):
                 os.ftruncate(file, sound)
             raise
-        return written[-1]
+        return written[1:] if found else written
+
+
+def _checked(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    if not _KIND.fullmatch(kind):
+        raise UsageError(f"“{kind}” is not a kind of history line", hint="lower-case words joined by hyphens")
+    if reserved := _RESERVED & fields.keys():
+        raise UsageError(f"“{min(reserved)}” is written by the history itself")
+    return {key: _plain(value) for key, value in fields.items()}
 
 
 def digest(line: Mapping[str, Any]) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 from em_bridge.errors import RedisUnavailable
@@ -17,9 +15,6 @@ if TYPE_CHECKING:
 
     from backup_worker.config import Config
     from backup_worker.runtime import Runtime
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def redis_url_for(config: Config, url: str | None) -> str | None:
@@ -72,21 +67,6 @@ def console_runtime(config_dir: Path, url: str | None) -> Runtime:
     except RedisUnavailable:
         config = load(config_dir)
         return Runtime(config, None, redis_url_for(config, url) or connection.DEFAULT_URL)
-
-
-def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `work(item)` for each item, in their order, while several are at work at once.
-
-    In threads: reading and hashing hold no lock of the interpreter. When one raises, or the user gives up, what has
-    not begun does not begin. What can be told in JSON goes faster through `_parallel.in_processes`.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    pool = ThreadPoolExecutor(max_workers=2 * (os.cpu_count() or 1))
-    try:
-        yield from pool.map(work, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def new_table(title: str, *columns: str) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from zoneinfo import ZoneInfo
@@ -15,8 +16,8 @@ from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, f
 
 if TYPE_CHECKING:
     from backup_worker.config import Config
-    from backup_worker.history import History
-    from backup_worker.snapshots import RestorePlan
+    from backup_worker.snapshots import Repository, RestorePlan, RestoreResult
+    from backup_worker.snapshots.together import Work
 
 
 def restore(
@@ -50,10 +51,8 @@ def restore(
 
     Example: `backup-worker restore z --as-of 2026-11-22 --dry-run`
     """
-    from backup_worker.cli._common import side_by_side
-    from backup_worker.cli._parallel import in_processes
+    from backup_worker.cli._many import lay_down
     from backup_worker.cli.snapshots import opened
-    from backup_worker.snapshots import plan_restore
 
     settings, repo, history = opened(config)
     names = list(dict.fromkeys(agents))
@@ -64,22 +63,18 @@ def restore(
             "--from names one agent's snapshot", hint="restore the agents one by one, or use --as-of"
         )
     moment = parse_time(as_of, settings.schedule.timezone) if as_of is not None else None
-
-    def planned(name: str) -> tuple[RestorePlan, Path]:
-        agent = settings.files_of(name)
-        plan = plan_restore(repo, agent, as_of=moment, from_id=from_id, paths=paths or ())
-        return plan, _target(settings, name, to, several=len(names) > 1)
-
-    def carried_out(job: tuple[RestorePlan, Path]) -> dict[str, Any]:
-        return _locked(settings, history, *job, in_place=to is None)
-
-    jobs = list(side_by_side(planned, names))
+    jobs = [
+        _Job(settings, repo, name, _target(settings, name, to, several=len(names) > 1), to is None, moment, from_id,
+             tuple(paths or ()))
+        for name in names
+    ]  # fmt: skip
     if dry_run:
-        results = [_describe(plan, target) for plan, target in jobs]
+        results = [_describe(job.plan(), job.target) for job in jobs]
     else:
-        for plan, target in jobs:
-            _check(settings, plan, target, in_place=to is None)
-        results = in_processes(carried_out, jobs)
+        # Whatever one of them lacks is known before the first one is touched.
+        for job in jobs:
+            job.check()
+        results = lay_down(history, jobs)
     emit(results, as_json=as_json, render=_print)
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)
@@ -107,71 +102,82 @@ def _target(config: Config, name: str, to: Path | None, *, several: bool) -> Pat
     return to / name if several else to
 
 
-def _check(config: Config, plan: RestorePlan, target: Path, *, in_place: bool) -> None:
-    """Refuse to write over a living agent, or into a folder that holds something else."""
-    from backup_worker.recovery.adapters import adapter_for
-    from backup_worker.recovery.processes import find
+@dataclass(frozen=True)
+class _Job:
+    """The restore of one agent: where to, and of which state."""
 
-    name = plan.agent.name
-    if not in_place:
-        if target.is_dir() and any(target.iterdir()):
+    config: Config
+    repo: Repository
+    name: str
+    target: Path
+    in_place: bool
+    as_of: float | None
+    from_id: str | None
+    paths: tuple[str, ...]
+
+    def plan(self, *, proven: bool = True) -> RestorePlan:
+        """Plan it now; raises as `plan_restore`."""
+        from backup_worker.snapshots import plan_restore
+
+        return plan_restore(
+            self.repo, self.config.files_of(self.name), as_of=self.as_of, from_id=self.from_id, paths=self.paths,
+            proven=proven,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Refuse what has no state, what would write over a living agent, or into a folder with something else."""
+        self.plan(proven=False)
+        if self.in_place:
+            self.refuse_living()
+        elif self.target.is_dir() and any(self.target.iterdir()):
             raise UsageError(
-                f"“{target}” is not empty", hint="restore into a new folder, and copy from there"
+                f"“{self.target}” is not empty", hint="restore into a new folder, and copy from there"
             )
-        return
-    agent = config.agent(name)
-    if agent.start is None:
-        running = find(name, target, state=config.schedule.state)
-    else:
-        running = adapter_for(name, agent, config.schedule.state).running()
-    if running:
-        raise AgentBackupError(
-            f"“{name}” is running: {running[0]}; a living agent is never overwritten",
-            hint=f"stop it first, or let `backup-worker recover {name}` do it all, or restore elsewhere with --to DIR",
-        )
 
+    def refuse_living(self) -> None:
+        """Raise AgentBackupError if a process of the agent is alive."""
+        from backup_worker.recovery.processes import find
 
-def _locked(
-    config: Config, history: History, plan: RestorePlan, target: Path, *, in_place: bool
-) -> dict[str, Any]:
-    """Carry out while no recovery can start the agent; it may have been started since the first look."""
-    from backup_worker.recovery.locks import acting_on
-
-    if not in_place:
-        return _carry_out(config, history, plan, target, in_place=False)
-    name = plan.agent.name
-    with acting_on(name, config.schedule.state) as held:
-        if not held:
+        start = self.config.agent(self.name).start
+        command = tuple(start.command) if start is not None and start.command else ()
+        running = find(self.name, self.target, command=command, state=self.config.schedule.state)
+        if running:
+            first = running[0]
             raise AgentBackupError(
-                f"a recovery of “{name}” is at work",
-                hint="wait for it: see `backup-worker incidents`; or restore elsewhere with --to DIR",
+                f"“{self.name}” is running (pid {first.pid}: {first.command}); a living agent is never overwritten",
+                hint=f"stop it first, or let `backup-worker recover {self.name}` do it all, "
+                "or restore elsewhere with --to DIR",
             )
-        _check(config, plan, target, in_place=True)
-        return _carry_out(config, history, plan, target, in_place=True)
 
+    def work(self) -> Work[RestoreResult]:
+        """Carry out while no recovery can start the agent; it may have been started since the first look."""
+        from backup_worker.recovery.locks import acting_on
 
-def _carry_out(
-    config: Config, history: History, plan: RestorePlan, target: Path, *, in_place: bool
-) -> dict[str, Any]:
-    from backup_worker.snapshots import execute
+        if not self.in_place:
+            return (yield from self._restored(None))
+        with acting_on(self.name, self.config.schedule.state) as held:
+            if not held:
+                raise AgentBackupError(
+                    f"a recovery of “{self.name}” is at work",
+                    hint="wait for it: see `backup-worker incidents`; or restore elsewhere with --to DIR",
+                )
+            self.refuse_living()
+            stamp = datetime.datetime.fromtimestamp(clock.now(), datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+            name = f"restore-{self.name}-{stamp}"
+            return (yield from self._restored(self.config.schedule.state / "evidence" / name))
 
-    now = clock.now()
-    stamp = datetime.datetime.fromtimestamp(now, datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    evidence = config.schedule.state / "evidence" / f"restore-{plan.agent.name}-{stamp}" if in_place else None
-    try:
-        result = execute(plan, target, evidence=evidence, now=now).as_json()
-    except AgentBackupError as error:
-        fail(error.message, hint=error.hint)
-        result = {
-            "agent": plan.agent.name,
-            "from": list(plan.sources),
-            "to": str(target),
-            "files": 0,
-            "bytes": 0,
-        }
-        result |= {"evidence": None, "ok": False, "error": error.message}
-    history.append("restore", now=now, **result)
-    return result
+    def _restored(self, evidence: Path | None) -> Work[RestoreResult]:
+        from backup_worker.snapshots import DamagedSnapshot, restoring
+
+        while True:
+            # Not read beforehand: what is laid down is read back and compared, and that finds damage too.
+            plan = self.plan(proven=self.from_id is not None)
+            try:
+                return (yield from restoring(plan, self.target, evidence=evidence, now=clock.now()))
+            except DamagedSnapshot as error:
+                if self.from_id is not None:
+                    raise
+                fail(error.message, hint="the next older state is taken")
 
 
 def _describe(plan: RestorePlan, target: Path) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from em_bridge import clock
-from em_bridge.errors import AgentBackupError, NotFound
+from em_bridge.errors import NotFound
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
 
 if TYPE_CHECKING:
     from backup_worker.config import Config
     from backup_worker.history import History
-    from backup_worker.snapshots import AgentFiles, Head, Manifest, Repository
+    from backup_worker.snapshots import Head, Manifest, Repository
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A snapshot, such as daily/2026-11-23/z.")]
 
@@ -51,33 +51,25 @@ def backup(
 
     Example: `backup-worker backup z jay --tier weekly`
     """
-    from backup_worker.cli._parallel import in_processes
-    from backup_worker.snapshots import take_snapshot
+    from backup_worker.cli._many import back_up
 
     settings, repo, history = opened(config)
     wanted = settings.tier(tier)
-    files = [settings.files_of(name) for name in agents or settings.agents]
+    names = list(dict.fromkeys(agents or settings.agents))
+    files = [settings.files_of(name) for name in names]
 
-    def attempt(agent: AgentFiles) -> dict[str, Any]:
-        now = clock.now()
-        try:
-            manifest = take_snapshot(
-                repo, agent, tier=tier, slot=_slot(settings, tier, now), include=wanted.include,
-                unchanged=wanted.unchanged, now=now, reason="by hand", limits=_limits(settings, allow_shrink),
-            )  # fmt: skip
-        except AgentBackupError as error:
-            history.append("backup-failed", now=now, agent=agent.name, tier=tier, error=error.message)
-            return {"agent": agent.name, "tier": tier, "error": error.message, "hint": error.hint}
-        history.append("backup", now=now, **_facts(manifest))
-        return manifest.as_row() | {"problems": [problem.as_json() for problem in manifest.problems]}
+    def options(now: float) -> dict[str, Any]:
+        return {
+            "tier": tier, "slot": _slot(settings, tier, now), "include": wanted.include,
+            "unchanged": wanted.unchanged, "now": now, "reason": "by hand",
+            "limits": _limits(settings, allow_shrink),
+        }  # fmt: skip
 
-    outcomes = in_processes(attempt, files)
-    rows = [outcome for outcome in outcomes if "error" not in outcome]
-    failed = [outcome for outcome in outcomes if "error" in outcome]
-    emit({"snapshots": rows, "failed": failed}, as_json=as_json, render=_print_backup)
+    made, failed = back_up(repo, history, files, options)
+    emit({"snapshots": made, "failed": failed}, as_json=as_json, render=_print_backup)
     for failure in failed:
         fail(failure["error"], hint=failure["hint"])
-    if failed or any(row["status"] != "good" for row in rows):
+    if failed or any(row["status"] != "good" for row in made):
         raise typer.Exit(1)
 
 
@@ -94,21 +86,6 @@ def _limits(config: Config, allow_shrink: bool) -> Any:
     return Limits(shrink=None if allow_shrink else limits.shrink, reserve_bytes=limits.reserve_bytes)
 
 
-def _facts(manifest: Manifest) -> dict[str, Any]:
-    """Return what the record says about a backup, in the words that the worker uses too."""
-    return {
-        "id": manifest.id,
-        "agent": manifest.agent,
-        "tier": manifest.tier,
-        "status": manifest.status,
-        "files": manifest.files,
-        "bytes": manifest.bytes,
-        "reason": manifest.reason,
-        "approved": manifest.approved,
-        "problems": [problem.as_json() for problem in manifest.problems],
-    }
-
-
 def _print_backup(result: dict[str, Any]) -> None:
     from backup_worker.cli._common import size
 
@@ -116,6 +93,8 @@ def _print_backup(result: dict[str, Any]) -> None:
         typer.echo(f"{row['id']}: {row['status']}, {row['files']} files, {size(row['bytes'])}")
         for problem in row["problems"]:
             typer.echo(f"  {problem['path']}: {problem['problem']}")
+        for warning in row["warnings"]:
+            typer.echo(f"  warning: {warning}")
 
 
 def list_(

@@ -6,10 +6,10 @@ It knows nothing of Redis, RQ or the web, and gets plain dataclasses instead of 
 from __future__ import annotations
 
 from backup_worker.snapshots.diff import Difference, KeyChange, compare_json, diff
-from backup_worker.snapshots.errors import NoSpace, SnapshotError
+from backup_worker.snapshots.errors import DamagedSnapshot, NoSpace, SnapshotError
 from backup_worker.snapshots.manifest import Entry, Head, Manifest, Problem
 from backup_worker.snapshots.repository import Repository
-from backup_worker.snapshots.restore import RestoreResult, execute, keep_evidence
+from backup_worker.snapshots.restore import RestoreResult, execute, keep_evidence, restoring
 from backup_worker.snapshots.retention import (
     Decision,
     Policy,
@@ -28,6 +28,7 @@ from backup_worker.snapshots.verify import verify_snapshot
 __all__ = [
     "AgentFiles",
     "Changes",
+    "DamagedSnapshot",
     "Decision",
     "Difference",
     "Entry",
@@ -54,6 +55,7 @@ __all__ = [
     "plan_restore",
     "plan_retention",
     "prune",
+    "restoring",
     "take_snapshot",
     "verify_snapshot",
 ]

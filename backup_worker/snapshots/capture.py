@@ -9,6 +9,7 @@ into the agent's root. Errors of the agent's side become problems of the snapsho
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import json
@@ -20,7 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from backup_worker.snapshots import sqlite
-from backup_worker.snapshots.disk import ReadError, Tree, copy_hashed, order
+from backup_worker.snapshots.content import ReadError, copy_hashed
+from backup_worker.snapshots.disk import Tree, order
 from backup_worker.snapshots.manifest import Entry, Kind, Problem
 from backup_worker.snapshots.scope import Scope
 from em_bridge import clock
@@ -33,6 +35,10 @@ SETTLED_S = 0.2
 """A JSON file that stays unreadable and unchanged for so long is broken, not half written."""
 OLD_S = 5.0
 """Nobody is in the middle of writing a file that was last written so long ago."""
+TRUST_S = 40.0
+"""Size, inode and times tell that a file is unchanged only if it was at rest for so long when it was copied: the clock
+of a file system may be as coarse as two seconds, and a write through a memory map may show in the times only when the
+kernel writes the page back, which it does after 35 seconds."""
 _JSON_LIMIT_BYTES = 16 << 20
 _SPECIAL = {stat.S_IFSOCK: "socket", stat.S_IFIFO: "pipe", stat.S_IFBLK: "device", stat.S_IFCHR: "device"}
 
@@ -88,6 +94,8 @@ class Capture:
         self.done = Captured()
         self._signatures: dict[str, Signature] = {}
         self._given_up: dict[str, Problem] = {}
+        self._first_of: dict[tuple[int, int], str] = {}
+        self._with_xattrs = True
         self._listed: dict[str, os.stat_result] | None = None
 
     def run(self) -> Captured:
@@ -106,6 +114,7 @@ class Capture:
         self.previous = None
         for path in paths:
             self._drop(path)
+        for path in paths:
             self._take_file(path)
 
     def planned_bytes(self) -> int:
@@ -224,8 +233,27 @@ class Capture:
             os.symlink(target, name, dir_fd=folder)
         elif path != "." and path not in self.done.entries:
             self.store.make_folders(path)
-        self.done.entries[path] = _entry(path, info, target=target, size=0)
+        entry = _entry(path, info, target=target, size=0)
+        if kind == "dir":
+            with contextlib.suppress(OSError, _Changed):  # gone or changed meanwhile: the next round sees it
+                entry = replace(entry, xattrs=self._xattrs(self.source.folder(path)))
+        self.done.entries[path] = entry
         self._signatures[path] = signature(info)
+
+    def _xattrs(self, fd: int) -> tuple[tuple[str, str], ...]:
+        """Return the attributes that an ordinary user may set; none where the file system has none."""
+        if not self._with_xattrs:
+            return ()
+        try:
+            names = sorted(name for name in os.listxattr(fd) if name.startswith("user."))
+            return tuple((name, base64.b64encode(os.getxattr(fd, name)).decode("ascii")) for name in names)
+        except OSError as error:
+            if error.errno == errno.ENODATA:
+                raise _Changed from error
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS):
+                raise
+            self._with_xattrs = False
+            return ()
 
     def _take_file(self, path: str) -> None:
         torn: tuple[Signature, float] | None = None
@@ -241,11 +269,11 @@ class Capture:
                 return
             except _Changed:
                 continue
-            if clock.now() - info.st_mtime < OLD_S and self._is_torn(entry):
-                now = clock.now()
+            now = clock.now()
+            if now - info.st_mtime < OLD_S and self._is_torn(entry):
                 if torn is None or torn[0] != signature(info):
                     torn = signature(info), now
-                if now - torn[1] < SETTLED_S and now - info.st_mtime < OLD_S:
+                if now - torn[1] < SETTLED_S:
                     continue
             self.done.entries[path] = entry
             self._signatures[path] = signature(info)
@@ -267,21 +295,63 @@ class Capture:
             before = os.fstat(fd)
             if not stat.S_ISREG(before.st_mode):
                 raise FileNotFoundError(path)
-            return self._copy(path, fd, before), before
+            entry = self._same_file(path, before) or self._copy(path, fd, before)
+            return self._dressed(entry, fd, before), before
         finally:
             os.close(fd)
 
+    def _dressed(self, entry: Entry, fd: int, before: os.stat_result) -> Entry:
+        """Add what is not content: attributes, and by what an unchanged file is known the next time."""
+        try:
+            xattrs = self._xattrs(fd)
+        except OSError as error:
+            raise _Unreadable(f"its attributes cannot be read: {(error.strerror or '').lower()}") from error
+        trusted = clock.now() - max(before.st_mtime, before.st_ctime) >= TRUST_S
+        if trusted and not entry.sqlite:
+            return replace(entry, xattrs=xattrs, inode=before.st_ino, ctime_ns=before.st_ctime_ns)
+        return replace(entry, xattrs=xattrs, inode=0, ctime_ns=0) if xattrs or entry.inode else entry
+
+    def _same_file(self, path: str, info: os.stat_result) -> Entry | None:
+        """Share with an earlier path of this snapshot that is the same file: a hard link."""
+        if info.st_nlink < 2:
+            return None
+        key = (info.st_dev, info.st_ino)
+        first = self._first_of.setdefault(key, path)
+        known = self.done.entries.get(first)
+        if first == path or known is None or known.sqlite or self._signatures.get(first) != signature(info):
+            self._first_of[key] = path
+            return None
+        self.store.remove(path)
+        folder, name = self.store.at(first)
+        # The tree keeps one descriptor at a time, and two folders are needed.
+        held = os.dup(folder)
+        try:
+            to_folder, to_name = self.store.at(path)
+            os.link(name, to_name, src_dir_fd=held, dst_dir_fd=to_folder, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in (errno.EMLINK, errno.EPERM):
+                return None
+            raise
+        finally:
+            os.close(held)
+        return replace(known, path=path, hardlink=first)
+
     def _copy(self, path: str, fd: int, before: os.stat_result) -> Entry:
+        old = self.previous.entries.get(path) if self.previous else None
+        if old is not None and _is_unchanged(old, before):
+            entry = _entry(path, before, sha256=old.sha256, size=old.size, linked=True)
+            if self._link(entry):
+                return entry
         if sqlite.is_database(_beginning(fd)):
             try:
                 return self._copy_database(path, fd, before)
             except sqlite.NotADatabase:
                 pass  # keep its bytes; the sanity check says what is wrong with it
-        old = self.previous.entries.get(path) if self.previous else None
         if old and old.kind == "file" and (old.size, old.mtime_ns) == (before.st_size, before.st_mtime_ns):
             entry = self._hash(path, fd, before, None)
             if self._link(entry):
                 return replace(entry, linked=True)
+            os.lseek(fd, 0, os.SEEK_SET)
         out = self._create(path)
         try:
             entry = self._hash(path, fd, before, out)
@@ -298,7 +368,6 @@ class Capture:
             return self.store.open(path, flags)
 
     def _hash(self, path: str, fd: int, before: os.stat_result, out: int | None) -> Entry:
-        os.lseek(fd, 0, os.SEEK_SET)
         try:
             size, digest = copy_hashed(fd, out, before.st_size)
             if clock.now() - before.st_mtime < HOT_S:
@@ -391,6 +460,7 @@ def _entry(
     sha256: str | None = None,
     target: str | None = None,
     sqlite: bool = False,
+    linked: bool = False,
 ) -> Entry:
     kind = _kind(info)
     assert kind is not None, "special files never get here"
@@ -405,4 +475,12 @@ def _entry(
         sha256=sha256,
         target=target,
         sqlite=sqlite,
+        linked=linked,
     )
+
+
+def _is_unchanged(old: Entry, info: os.stat_result) -> bool:
+    """Tell by inode, size and times, where they can be trusted, that the file is what it was."""
+    return old.ctime_ns != 0 and (old.kind, old.inode, old.size, old.mtime_ns, old.ctime_ns) == (
+        "file", info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns,
+    )  # fmt: skip

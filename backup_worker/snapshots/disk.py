@@ -1,4 +1,4 @@
-"""The one place that walks, copies, syncs, renames and removes files.
+"""The one place that walks, makes, syncs, renames and removes files.
 
 Every path is reached name by name through folder descriptors that refuse symbolic links, so that it cannot leave its
 root, not even when a folder is replaced by a link while we work. What is written is on the disk only after `sync_all`
@@ -11,23 +11,16 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-CHUNK_BYTES = 1 << 20
-_ZEROS = bytes(CHUNK_BYTES)
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class ReadError(OSError):
-    """Reading failed, not writing: the fault is on the side of what was copied."""
 
 
 class Tree:
@@ -163,59 +156,8 @@ def walk(tree: Tree, folder: str = ".") -> Iterator[tuple[str, os.stat_result]]:
         pending += reversed(folders)
 
 
-def copy_hashed(source: int, target: int | None, size_hint: int = CHUNK_BYTES) -> tuple[int, str]:
-    """Copy from descriptor to descriptor to the end; return the size and SHA-256 of what was read.
-
-    With `target` None the content is only hashed. Blocks of zeros become holes. Constant memory: `size_hint` only
-    spares a small file a large buffer, and more may come. Raises ReadError where the source cannot be read, any other
-    OSError where the target cannot be written.
-    """
-    digest = hashlib.sha256()
-    size = 0
-    ends_in_hole = False
-    while chunk := _read_block(source, _block_size(size_hint - size)):
-        digest.update(chunk)
-        size += len(chunk)
-        if target is not None:
-            ends_in_hole = _write_block(target, chunk)
-    if target is not None and ends_in_hole:
-        os.ftruncate(target, size)
-    return size, digest.hexdigest()
-
-
-def _block_size(expected: int) -> int:
-    # One byte above what is expected, so that the read that meets the end is a cheap one.
-    return CHUNK_BYTES if expected < 0 else min(expected + 1, CHUNK_BYTES)
-
-
-def _read_block(source: int, size: int) -> bytes:
-    try:
-        return os.read(source, size)
-    except OSError as error:
-        raise ReadError(error.errno, error.strerror) from error
-
-
-def _write_block(target: int, chunk: bytes) -> bool:
-    """Write a block, or leave a hole for zeros; tell whether it was a hole, which alone does not lengthen the file."""
-    if len(chunk) >= 4096 and chunk == _ZEROS[: len(chunk)]:
-        os.lseek(target, len(chunk), os.SEEK_CUR)
-        return True
-    view = memoryview(chunk)
-    while view:
-        view = view[os.write(target, view) :]
-    return False
-
-
-def hash_from_disk(fd: int) -> tuple[int, str]:
-    """Return the size and SHA-256 of a file as the disk has it, not as the page cache remembers it."""
-    info = os.fstat(fd)
-    with contextlib.suppress(OSError):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return copy_hashed(fd, None, info.st_size)
-
-
 def write_file(tree: Tree, path: str, content: bytes, mode: int = 0o600, *, sync: bool = True) -> None:
-    """Write a new file and bring it to the disk; with `sync` False the caller does, by `sync_all`."""
+    """Write a new file and bring it to the disk; without `sync` that is left to the caller."""
     fd = tree.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(fd, "wb") as file:
         file.write(content)

@@ -14,6 +14,10 @@ class SnapshotError(AgentBackupError):
     """A snapshot could not be made, proven, deleted or restored; nothing half was left behind (exit code 1)."""
 
 
+class DamagedSnapshot(SnapshotError):
+    """A snapshot was found damaged while it was restored; that is noted, and nothing was restored (exit code 1)."""
+
+
 class NoSpace(SnapshotError):
     """The file system is full, or would be (exit code 1)."""
 

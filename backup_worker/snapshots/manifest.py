@@ -37,7 +37,10 @@ class Entry:
     """One path of a snapshot: relative, `/` between names; the root itself is `.`.
 
     `size` in bytes, `mode` the permission bits, `mtime_ns` nanoseconds; `sha256` for files, `target` for links;
-    `linked`: shares its bytes with the previous snapshot; `sqlite`: taken through the database's backup interface.
+    `linked`: shares its bytes with the previous snapshot; `sqlite`: taken through the database's backup interface;
+    `hardlink`: the earlier path that is the same file; `xattrs`: the `user.*` attributes, values in base64.
+    `inode` and `ctime_ns` are those of the original, if it had not been written for so long that an equal file in the
+    next backup is known to be unchanged; else 0.
     """
 
     path: str
@@ -51,6 +54,10 @@ class Entry:
     target: str | None = None
     linked: bool = False
     sqlite: bool = False
+    hardlink: str | None = None
+    xattrs: tuple[tuple[str, str], ...] = ()
+    inode: int = 0
+    ctime_ns: int = 0
 
     def same_content(self, other: Entry | None) -> bool:
         """Tell whether both hold the same: type, bytes, link target; not mode and times."""
@@ -240,6 +247,10 @@ _DEFAULTS: dict[str, Any] = {
     "target": None,
     "linked": False,
     "sqlite": False,
+    "hardlink": None,
+    "xattrs": (),
+    "inode": 0,
+    "ctime_ns": 0,
 }
 
 
@@ -250,20 +261,28 @@ def _entry_to_json(entry: Entry) -> dict[str, Any]:
         value = getattr(entry, key)
         if value != default:
             out[key] = value
+    if entry.xattrs:
+        out["xattrs"] = dict(entry.xattrs)
     return out
 
 
 def _entry_from_json(item: dict[str, Any]) -> Entry:
     path, kind = item["path"], item["type"]
-    names = path.split("/")
-    if kind not in ("file", "dir", "link") or (path != "." and any(n in ("", ".", "..") for n in names)):
+    if (
+        kind not in ("file", "dir", "link")
+        or not _is_inside(path)
+        or not _is_inside(item.get("hardlink") or ".")
+    ):
         # A manifest that was tampered with must not make a restore write outside its target.
         raise TypeError(path)
-    more = item.get
-    return Entry(
-        path, kind, int(item["size"]), int(item["mode"]), int(item["mtime_ns"]), more("uid", 0), more("gid", 0),
-        more("sha256"), more("target"), more("linked", False), more("sqlite", False),
-    )  # fmt: skip
+    more = {key: item[key] for key in _DEFAULTS.keys() & item.keys()}
+    if "xattrs" in more:
+        more["xattrs"] = tuple((str(name), str(value)) for name, value in more["xattrs"].items())
+    return Entry(path, kind, int(item["size"]), int(item["mode"]), int(item["mtime_ns"]), **more)
+
+
+def _is_inside(path: str) -> bool:
+    return path == "." or not any(name in ("", ".", "..") for name in path.split("/"))
 
 
 def escape_name(name: bytes) -> tuple[bytes, bytes]:

@@ -43,7 +43,6 @@ class Repository:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self.hidden = self.root / HIDDEN
-        self._settled: set[tuple[int, int]] = set()
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -276,8 +275,11 @@ class Repository:
             finally:
                 os.close(fd)
 
-    def commit(self, staged: Path, identifier: str) -> None:
-        """Give a whole and synced snapshot its name by one rename. Raises FileExistsError if the name is taken."""
+    def commit(self, staged: Path, identifier: str, *, sync: bool = True) -> None:
+        """Give a whole and synced snapshot its name by one rename. Raises FileExistsError if the name is taken.
+
+        Without `sync` the caller brings the new name to the disk.
+        """
         target = self.path(identifier)
         for _ in range(10):
             self._make_private(target.parent.parent)
@@ -290,18 +292,10 @@ class Repository:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise FileExistsError(error.errno, error.strerror, str(target)) from error
                 raise
-            disk.sync_folder(target.parent)
-            self._settle_slot(target.parent)
+            for folder in (target.parent, target.parent.parent, self.root) if sync else ():
+                disk.sync_folder(folder)
             return
         raise SnapshotError(f"the slot “{target.parent}” keeps disappearing")
-
-    def _settle_slot(self, slot: Path) -> None:
-        """Make sure that the slot's own name is on the disk: another process may have made it a moment ago."""
-        info = os.stat(slot)
-        if (info.st_dev, info.st_ino) not in self._settled:
-            for folder in (slot.parent, self.root):
-                disk.sync_folder(folder)
-            self._settled.add((info.st_dev, info.st_ino))
 
     def delete(self, identifier: str) -> bool:
         """Delete one snapshot; False if somebody is reading it, or it is pinned or gone.

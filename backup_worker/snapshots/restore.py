@@ -8,23 +8,32 @@ the next one, or `finish_interrupted`, finishes or undoes it.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import os
 import stat
 import uuid
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from backup_worker.snapshots import disk, swap
+from backup_worker.snapshots.content import copy_content
 from backup_worker.snapshots.disk import Tree
-from backup_worker.snapshots.errors import NoSpace, SnapshotError, from_os_error, printable
+from backup_worker.snapshots.errors import (
+    DamagedSnapshot,
+    NoSpace,
+    SnapshotError,
+    from_os_error,
+    printable,
+)
 from backup_worker.snapshots.manifest import Entry
 from backup_worker.snapshots.scope import WORKSHOP, AgentFiles, Scope
 from backup_worker.snapshots.sqlite import COMPANIONS
 from backup_worker.snapshots.state import RestorePlan, compare, is_special
+from backup_worker.snapshots.together import Sync, Work, alone
 from backup_worker.snapshots.verify import unproven
 from em_bridge.errors import UsageError
 
@@ -58,9 +67,14 @@ def execute(plan: RestorePlan, target: Path, *, evidence: Path | None, now: floa
 
     `evidence` is the folder that what stands there now is copied to; it is made, with `-2` and so on if it is taken.
     None is only accepted where nothing would be lost. A target that holds the state already is left alone. The caller
-    has proven that no process of the agent is alive. Raises SnapshotError, NoSpace, UsageError; the target is then as
-    it was.
+    has proven that no process of the agent is alive. Raises DamagedSnapshot (plan again), SnapshotError, NoSpace,
+    UsageError; the target is then as it was.
     """
+    return alone(restoring(plan, target, evidence=evidence, now=now))
+
+
+def restoring(plan: RestorePlan, target: Path, *, evidence: Path | None, now: float) -> Work[RestoreResult]:
+    """As `execute`, as a work that can share its waits for the disk with others, of other agents."""
     target = Path(os.path.realpath(target))
     doing = f"restoring “{plan.agent.name}” into “{target}”"
     _check_target(plan, target, evidence)
@@ -76,7 +90,7 @@ def execute(plan: RestorePlan, target: Path, *, evidence: Path | None, now: floa
                 return _result(plan, target, kept)
             if evidence is None and (changes.changed or changes.removed):
                 raise UsageError(f"“{target}” is not empty, and there is no place to keep what stands there")
-            kept = _Replacing(plan, target, evidence, now).run()
+            kept = yield from _Replacing(plan, target, evidence, now).run()
     except OSError as error:
         raise from_os_error(doing, error) from error
     return _result(plan, target, kept)
@@ -105,14 +119,14 @@ class _Replacing:
         self.plan, self.target, self.evidence, self.now = plan, target, evidence, now
         self.kept: Path | None = None
 
-    def run(self) -> Path | None:
+    def run(self) -> Work[Path | None]:
         workshop = swap.choose(self.target)
         try:
             try:
-                self._replace(workshop)
+                yield from self._replace(workshop)
             except swap.CannotExchange:
                 workshop = swap.inside(self.target)
-                self._replace(workshop)
+                yield from self._replace(workshop)
         except BaseException:
             if self.kept is not None and not swap.is_pending(workshop):
                 # Nothing was changed: what stands there is not evidence of anything.
@@ -124,64 +138,107 @@ class _Replacing:
             os.utime(self.target, ns=(root.mtime_ns, root.mtime_ns))
         return self.kept
 
-    def _replace(self, workshop: swap.Workshop) -> None:
-        with swap.opened(workshop):
+    def _replace(self, workshop: swap.Workshop) -> Work[None]:
+        with Tree(workshop.path.parent) as around, swap.opened(workshop):
             with Tree(workshop.tree) as staged:
-                _stage(self.plan, staged, self.now)
-                entries = [piece.entry for piece in self.plan.pieces]
+                entries = _stage(self.plan, staged)
                 folders: list[Entry] = []
                 if self.target.is_dir():
                     with Tree(self.target) as old:
                         folders, blocked = _carry_over(self.plan, old, staged)
                     if self.evidence is not None and self.kept is None:
                         self.kept = keep_evidence(self.plan.agent, self.target, self.evidence, also=blocked)
-                disk.sync_all(staged.fd)
+                yield Sync(staged.fd, weight=len(self.plan.pieces) + self.plan.bytes // 32768)
                 self._prove(staged)
                 _dress(staged, [*entries, *folders])
-                disk.sync_all(staged.fd)
+                yield Sync(staged.fd)
             # Reading and building are over: nothing from here on needs space, or the right to read.
             swap.swap(workshop)
+            yield Sync(around.fd)
 
     def _prove(self, staged: Tree) -> None:
         bad = unproven(staged, (piece.entry for piece in self.plan.pieces))
         if bad:
+            self._blame_source(bad[0])
             where = printable(bad[0].path)
             raise SnapshotError(
                 f"restoring “{self.plan.agent.name}” failed: “{where}” came back from the disk changed",
                 hint="check the disk and the memory of this machine; the target is as it was",
             )
 
+    def _blame_source(self, entry: Entry) -> None:
+        """Raise DamagedSnapshot if not the copy, but what was copied is not what it should be."""
+        source = next(piece.source for piece in self.plan.pieces if piece.entry is entry)
+        with self.plan.repo.files(source) as files:
+            if not unproven(files, [entry]):
+                return
+        self.plan.repo.record_verified(source, now=self.now, ok=False)
+        raise DamagedSnapshot(
+            f"snapshot “{source}” is damaged: “{printable(entry.path)}” changed; nothing was restored",
+            hint="run the restore again: it chooses another snapshot",
+        )
+
 
 # -- staging --------------------------------------------------------------------------------------------------------
 
 
-def _stage(plan: RestorePlan, staged: Tree, now: float) -> None:
-    """Copy every piece, comparing checksums on the way."""
+def _stage(plan: RestorePlan, staged: Tree) -> list[Entry]:
+    """Copy every piece; return those that get their modes and times only when they have been read back.
+
+    The content is compared when it is read back from the disk, so that it is hashed once.
+    """
+    later: list[Entry] = []
+    privileged = os.geteuid() == 0
     with contextlib.ExitStack() as stack:
         sources = {name: stack.enter_context(plan.repo.files(name)) for name in plan.sources}
+        origin = {piece.entry.path: piece.source for piece in plan.pieces}
         for piece in plan.pieces:
             entry = piece.entry
             if entry.path == ".":
-                continue
-            if entry.kind == "dir":
+                later.append(entry)
+            elif entry.kind == "dir":
                 staged.make_folders(entry.path)
+                later.append(entry)
             elif entry.kind == "link":
                 folder, name = staged.at(entry.path)
                 os.symlink(entry.target or "", name, dir_fd=folder)
-            elif _copy_file(sources[piece.source], staged, entry.path) != (entry.size, entry.sha256):
-                plan.repo.record_verified(piece.source, now=now, ok=False)
-                raise SnapshotError(
-                    f"snapshot “{piece.source}” is damaged: “{printable(entry.path)}” changed; nothing was restored",
-                    hint="run the restore again: it chooses another snapshot",
-                )
+                later.append(entry)
+            elif not (entry.hardlink and origin.get(entry.hardlink) == piece.source and _join(staged, entry)):
+                finish = privileged or entry.mode & 0o400 != 0
+                _copy_file(sources[piece.source], staged, entry, dress=finish)
+                if not finish:
+                    later.append(entry)
+    return later
 
 
-def _copy_file(source: Tree, target: Tree, path: str) -> tuple[int, str]:
-    fd = source.open(path, os.O_RDONLY)
+def _join(staged: Tree, entry: Entry) -> bool:
+    """Make the path another name of the file that it was a hard link to; tell whether that was possible."""
+    assert entry.hardlink is not None
     try:
-        out = target.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        folder, name = staged.at(entry.hardlink)
+        held = os.dup(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        to_folder, to_name = staged.at(entry.path)
+        os.link(name, to_name, src_dir_fd=held, dst_dir_fd=to_folder, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EMLINK, errno.EPERM):
+            return False
+        raise
+    finally:
+        os.close(held)
+    return True
+
+
+def _copy_file(source: Tree, target: Tree, entry: Entry, *, dress: bool) -> None:
+    fd = source.open(entry.path, os.O_RDONLY)
+    try:
+        out = target.open(entry.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            return disk.copy_hashed(fd, out, os.fstat(fd).st_size)
+            copy_content(fd, out, os.fstat(fd).st_size)
+            if dress:
+                _dress_file(out, entry)
         finally:
             os.close(out)
     finally:
@@ -257,23 +314,16 @@ def _link_file(old: Tree, staged: Tree, path: str) -> bool:
 
 def copy_any(source: Tree, target: Tree, path: str, info: os.stat_result) -> None:
     """Copy a file or link with its mode, owner and times; sockets, pipes and devices are left out."""
+    mode = stat.S_IMODE(info.st_mode)
+    entry = Entry(path, "file", info.st_size, mode, info.st_mtime_ns, uid=info.st_uid, gid=info.st_gid)
     if stat.S_ISLNK(info.st_mode):
         from_folder, name = source.at(path)
         text = os.readlink(name, dir_fd=from_folder)
         to_folder, _ = target.at(path)
         os.symlink(text, name, dir_fd=to_folder)
-        kind, link = "link", text
+        _dress(target, [replace(entry, kind="link", target=text)])
     elif stat.S_ISREG(info.st_mode):
-        _copy_file(source, target, path)
-        kind, link = "file", None
-    else:
-        return
-    mode = stat.S_IMODE(info.st_mode)
-    entry = Entry(
-        path, "link" if kind == "link" else "file", info.st_size, mode, info.st_mtime_ns,
-        uid=info.st_uid, gid=info.st_gid, target=link,
-    )  # fmt: skip
-    _dress(target, [entry])
+        _copy_file(source, target, entry, dress=True)
 
 
 def _dress(tree: Tree, entries: Iterable[Entry]) -> None:
@@ -283,11 +333,30 @@ def _dress(tree: Tree, entries: Iterable[Entry]) -> None:
     for path in sorted(by_path, key=disk.order, reverse=True):
         entry = by_path[path]
         folder, name = (tree.fd, ".") if path == "." else tree.at(path)
-        if privileged:
-            os.chown(name, entry.uid, entry.gid, dir_fd=folder, follow_symlinks=False)
-        if entry.kind != "link":
-            os.chmod(name, entry.mode, dir_fd=folder)
-        os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=folder, follow_symlinks=False)
+        if entry.kind == "link":
+            if privileged:
+                os.chown(name, entry.uid, entry.gid, dir_fd=folder, follow_symlinks=False)
+            os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=folder, follow_symlinks=False)
+            continue
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
+        try:
+            _dress_file(fd, entry)
+        finally:
+            os.close(fd)
+
+
+def _dress_file(fd: int, entry: Entry) -> None:
+    for name, value in entry.xattrs:
+        # A file system without attributes keeps the content all the same.
+        try:
+            os.setxattr(fd, name, base64.b64decode(value))
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS):
+                raise
+    if os.geteuid() == 0:
+        os.fchown(fd, entry.uid, entry.gid)
+    os.fchmod(fd, entry.mode)
+    os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
 
 
 # -- evidence -------------------------------------------------------------------------------------------------------

@@ -32,6 +32,42 @@ class Limits:
     reserve_bytes: int = 0
 
 
+class Look:
+    """Judges the content of files one by one, while they are open; `problems` by path is what it found."""
+
+    def __init__(self, agent: AgentFiles, files: Tree) -> None:
+        self.problems: dict[str, str] = {}
+        self._files = files
+        self._skills = Scope(tuple(agent.files.get("skills", ())))
+
+    def __call__(self, entry: Entry, fd: int, content: bytes | None) -> None:
+        """Look at the file open as `fd`; `content`, if the caller has it."""
+        if problem := self._problem(entry, fd, content):
+            self.problems[entry.path] = problem
+        else:
+            self.problems.pop(entry.path, None)
+
+    def _problem(self, entry: Entry, fd: int, content: bytes | None) -> str | None:
+        beginning = os.pread(fd, 20, 0) if content is None else content
+        if entry.sqlite or is_database(beginning):
+            folder, name = self._files.at(entry.path)
+            # By descriptor: the path may be longer than the kernel takes.
+            return integrity_problem(f"/proc/self/fd/{folder}/{name}")
+        if entry.size > _PARSE_LIMIT_BYTES:
+            return None
+        if entry.path.endswith(".json"):
+            return json_problem(_whole(fd) if content is None else content)
+        if entry.path.endswith(".py") and self._skills.covers(entry.path):
+            return _python_problem(_whole(fd) if content is None else content, entry.path)
+        return None
+
+
+def _whole(fd: int) -> bytes:
+    with open(os.dup(fd), "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
 def judge(
     agent: AgentFiles,
     scope: Scope,
@@ -39,18 +75,20 @@ def judge(
     entries: Mapping[str, Entry],
     last_good: Manifest | None,
     limits: Limits,
+    look: Look | None = None,
 ) -> list[Problem]:
-    """Return why the snapshot is suspect; empty if it is good."""
+    """Return why the snapshot is suspect; empty if it is good. `look` has seen every file; else all are read."""
     found = list(_missing(agent, scope, entries))
-    skills = Scope(tuple(agent.files.get("skills", ())))
-    for entry in entries.values():
-        problem = (
-            _content_problem(files, entry, is_skill=skills.covers(entry.path))
-            if entry.kind == "file"
-            else None
-        )
-        if problem:
-            found.append(Problem(entry.path, problem))
+    if look is None:
+        look = Look(agent, files)
+        for entry in entries.values():
+            if entry.kind == "file":
+                fd = files.open(entry.path, os.O_RDONLY)
+                try:
+                    look(entry, fd, None)
+                finally:
+                    os.close(fd)
+    found += [Problem(path, look.problems[path]) for path in entries if path in look.problems]
     if last_good is not None and limits.shrink is not None:
         found += _shrunk(scope, entries, last_good, limits.shrink)
     return found
@@ -81,30 +119,6 @@ def _is_empty(entry: Entry, entries: Mapping[str, Entry]) -> bool:
     if entry.kind == "dir":
         return not any(other.startswith(entry.path + "/") for other in entries)
     return entry.kind == "file" and entry.size == 0
-
-
-def _content_problem(files: Tree, entry: Entry, *, is_skill: bool) -> str | None:
-    is_json = entry.path.endswith(".json")
-    is_python = is_skill and entry.path.endswith(".py")
-    content = b""
-    if entry.size and not entry.sqlite:
-        whole = (is_json or is_python) and entry.size <= _PARSE_LIMIT_BYTES
-        content = files.read_bytes(entry.path) if whole else _beginning(files, entry.path)
-    if entry.sqlite or is_database(content[:20]):
-        return integrity_problem(os.path.join(files.path, entry.path))
-    if entry.size > _PARSE_LIMIT_BYTES:
-        return None
-    if is_json:
-        return json_problem(content)
-    return _python_problem(content, entry.path) if is_python else None
-
-
-def _beginning(files: Tree, path: str) -> bytes:
-    fd = files.open(path, os.O_RDONLY)
-    try:
-        return os.read(fd, 20)
-    finally:
-        os.close(fd)
 
 
 def json_problem(content: bytes) -> str | None:

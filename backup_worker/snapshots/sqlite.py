@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from backup_worker.snapshots.disk import Tree, copy_hashed
+from backup_worker.snapshots.content import copy_hashed
+from backup_worker.snapshots.disk import Tree
 
 MAGIC = b"SQLite format 3\0"
 COMPANIONS = ("-wal", "-shm", "-journal")

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from backup_worker.snapshots import disk
+from backup_worker.snapshots.content import copy_hashed
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import SnapshotError, printable, translated
 from backup_worker.snapshots.manifest import Entry, Head, Manifest
@@ -105,12 +106,14 @@ def plan_restore(
     from_id: str | None = None,
     paths: Sequence[str] = (),
     exclude_states: Collection[str] = (),
+    proven: bool = True,
 ) -> RestorePlan:
     """Plan the restore of the state as of `as_of` (Unix seconds; default: the newest), or of one snapshot `from_id`.
 
     `paths` (or patterns) restrict it. `exclude_states` are the `state`s that were tried already: the result is the
     next older state that differs from them in content. Raises NotFound if there is no such state, UsageError for
     paths that leave the root, SnapshotError if `from_id` is damaged. Only good snapshots are used, save `from_id`.
+    Without `proven` nothing is read beforehand: `execute` finds damage too, and then raises DamagedSnapshot.
     """
     wanted = tuple(_clean(path) for path in paths)
     if from_id is not None:
@@ -136,7 +139,7 @@ def plan_restore(
             tried |= {content}
             passed_over.add(newest)
             continue
-        damaged = _first_damaged(repo, plan.sources)
+        damaged = _first_damaged(repo, plan.sources) if proven else None
         if damaged is None:
             return _found_paths(plan)
         passed_over.add(damaged)
@@ -239,7 +242,7 @@ def _clean(path: str) -> str:
 
 def compare(plan: RestorePlan, target: Path) -> Changes:
     """Return what executing `plan` would do to `target` now. Reads every file there that it would touch."""
-    newest = _newest_content(plan)
+    newest: dict[str, Entry] | None = None
     changed: list[str] = []
     removed: list[str] = []
     lost: list[str] = []
@@ -253,6 +256,7 @@ def compare(plan: RestorePlan, target: Path) -> Changes:
                 if wanted is not None and same_on_disk(tree, path, info, wanted):
                     continue
                 (changed if wanted else removed).append(path)
+                newest = _newest_content(plan) if newest is None else newest
                 kept = newest.get(path)
                 if not stat.S_ISDIR(info.st_mode) and not (kept and same_on_disk(tree, path, info, kept)):
                     lost.append(path)
@@ -286,6 +290,6 @@ def same_on_disk(tree: Tree, path: str, info: os.stat_result, entry: Entry) -> b
         return info.st_mtime_ns == entry.mtime_ns and (log is None or log.st_size == 0)
     fd = tree.open(path, os.O_RDONLY)
     try:
-        return disk.copy_hashed(fd, None, info.st_size)[1] == entry.sha256
+        return copy_hashed(fd, None, info.st_size)[1] == entry.sha256
     finally:
         os.close(fd)

@@ -123,7 +123,10 @@ def finish_interrupted(target: Path) -> Outcome | None:
 
 
 def swap(workshop: Workshop) -> None:
-    """Put the built and synced tree in the target's place. Raises CannotExchange with nothing changed."""
+    """Put the built and synced tree in the target's place. Raises CannotExchange with nothing changed.
+
+    The name of a target that was not there before is brought to the disk by the caller.
+    """
     if workshop.inside:
         _swap_inside(workshop)
     else:
@@ -131,13 +134,14 @@ def swap(workshop: Workshop) -> None:
 
 
 def _swap_beside(workshop: Workshop) -> None:
+    if not os.path.lexists(workshop.target):
+        # One rename, and nothing to undo: without a journal, what a crash leaves in the workshop is only a copy.
+        os.rename(workshop.tree, workshop.target)
+        return
     new = os.stat(workshop.tree)
     _write_journal(workshop, {"device": new.st_dev, "inode": new.st_ino})
     try:
-        if os.path.lexists(workshop.target):
-            disk.exchange(workshop.tree, workshop.target)
-        else:
-            os.rename(workshop.tree, workshop.target)
+        disk.exchange(workshop.tree, workshop.target)
     except OSError as error:
         os.unlink(workshop.path / _JOURNAL)
         if error.errno in _NOT_HERE and workshop.target.is_dir():

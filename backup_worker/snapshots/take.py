@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from backup_worker.snapshots import disk
 from backup_worker.snapshots.capture import Capture, Captured, Previous
+from backup_worker.snapshots.content import opened_ahead
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import NoSpace, SnapshotError, from_os_error, printable
 from backup_worker.snapshots.manifest import (
@@ -29,9 +30,10 @@ from backup_worker.snapshots.manifest import (
     snapshot_id,
 )
 from backup_worker.snapshots.repository import Repository
-from backup_worker.snapshots.sanity import Limits, judge
+from backup_worker.snapshots.sanity import Limits, Look, judge
 from backup_worker.snapshots.scope import WORKSHOP, AgentFiles
-from backup_worker.snapshots.verify import unproven
+from backup_worker.snapshots.together import Sync, Work, alone
+from backup_worker.snapshots.verify import read_back
 from em_bridge.errors import NotFound, UsageError
 
 
@@ -57,6 +59,31 @@ def take_snapshot(
     slot is made once). With `event`, the snapshot of that slot made for the same event is returned. `approved` False
     means: by a change that nobody approved. Raises SnapshotError, NoSpace, UsageError; none leaves anything behind.
     """
+    return alone(
+        taking(
+            repo, agent, tier=tier, slot=slot, include=include, unchanged=unchanged, now=now, reason=reason,
+            event=event, approved=approved, approved_by=approved_by, on_taken=on_taken, limits=limits,
+        )
+    )  # fmt: skip
+
+
+def taking(
+    repo: Repository,
+    agent: AgentFiles,
+    *,
+    tier: str,
+    slot: str,
+    include: Sequence[str],
+    unchanged: Literal["link", "copy"],
+    now: float,
+    reason: str,
+    event: str | None = None,
+    approved: bool | None = None,
+    approved_by: str | None = None,
+    on_taken: Literal["next", "return"] = "next",
+    limits: Limits | None = None,
+) -> Work[Manifest]:
+    """As `take_snapshot`, as a work that can share its waits for the disk with others, of other agents."""
     snapshot_id(tier, slot, agent.name)
     doing = f"backing up “{agent.name}”"
     try:
@@ -74,7 +101,7 @@ def take_snapshot(
                 id="", agent=agent.name, tier=tier, slot=slot, created_at=now, reason=reason, status="good", files=0,
                 bytes=0, scope=agent.scope(include), approved=approved, approved_by=approved_by, event=event,
             )  # fmt: skip
-            manifest = _Taking(repo, agent, head, unchanged, limits or Limits(), earlier).run()
+            manifest = yield from _Taking(repo, agent, head, unchanged, limits or Limits(), earlier).run()
         repo.record_success(tier, agent.name)
         return replace(manifest, verified_at=manifest.created_at)
     except NoSpace:
@@ -146,8 +173,9 @@ class _Taking:
         self.previous = next((h for h in reversed(earlier) if not h.damaged), None)
         self.last_good = next((h for h in reversed(earlier) if h.is_good), None)
         self.warnings: list[str] = []
+        self.manifest: Manifest | None = None
 
-    def run(self) -> Manifest:
+    def run(self) -> Work[Manifest]:
         with contextlib.ExitStack() as stack:
             previous = self._open_previous(stack)
             staging = stack.enter_context(self.repo.staging())
@@ -159,17 +187,20 @@ class _Taking:
             capture = Capture(source, store, scratch, self.head.scope, previous=previous)
             self._check_space(capture.planned_bytes())
             captured = capture.run()
-            self._prove(capture, source, store)
-            manifest = self._describe(store, captured)
-            return self._commit(snapshot, manifest)
+            look = Look(self.agent, store)
+            yield Sync(store.fd, weight=_weight(captured))
+            yield from self._prove(capture, store, look)
+            manifest = self._describe(store, captured, look)
+            return (yield from self._commit(store.fd, snapshot, manifest))
 
     def _open_previous(self, stack: contextlib.ExitStack) -> Previous | None:
         if self.unchanged != "link" or self.previous is None:
             return None
         try:
             stack.enter_context(self.repo.hold([self.previous.id]))
-            entries = self.repo.get(self.previous.id).by_path()
-            return Previous(stack.enter_context(self.repo.files(self.previous.id)), entries)
+            self.manifest = self.repo.get(self.previous.id)
+            files = stack.enter_context(self.repo.files(self.previous.id))
+            return Previous(files, self.manifest.by_path())
         except (SnapshotError, NotFound, OSError) as error:
             self.warnings.append(f"nothing is shared with “{self.previous.id}”: it cannot be read ({error})")
             return None
@@ -184,10 +215,9 @@ class _Taking:
                 hint="free some space, or run `backup-worker prune`",
             )
 
-    def _prove(self, capture: Capture, source: Tree, store: Tree) -> None:
-        """Bring everything to the disk and read it back from there; heal a shared file that has gone bad."""
-        disk.sync_all(store.fd)
-        bad = unproven(store, capture.done.entries.values())
+    def _prove(self, capture: Capture, store: Tree, look: Look) -> Work[None]:
+        """Read everything back from the disk, and look at it; heal a shared file that has gone bad."""
+        bad = [entry for entry, _ in read_back(store, capture.done.entries.values(), look)]
         damaged = [entry for entry in bad if entry.linked]
         if damaged and self.previous is not None:
             for entry in damaged:
@@ -196,17 +226,19 @@ class _Taking:
                 )
             self.repo.record_verified(self.previous.id, now=self.head.created_at, ok=False)
             capture.take_again([entry.path for entry in damaged])
-            disk.sync_all(store.fd)
-            bad = unproven(store, capture.done.entries.values())
+            yield Sync(store.fd)
+            bad = [entry for entry, _ in read_back(store, capture.done.entries.values(), look)]
         if bad:
             raise SnapshotError(
                 f"backing up “{self.agent.name}” failed: “{printable(bad[0].path)}” came back from the disk changed",
                 hint="check the disk and the memory of this machine",
             )
 
-    def _describe(self, store: Tree, captured: Captured) -> Manifest:
-        last_good = self.repo.get(self.last_good.id) if self.last_good else None
-        doubts = judge(self.agent, self.head.scope, store, captured.entries, last_good, self.limits)
+    def _describe(self, store: Tree, captured: Captured, look: Look) -> Manifest:
+        last_good = self.manifest
+        if self.last_good is None or last_good is None or last_good.id != self.last_good.id:
+            last_good = self.repo.get(self.last_good.id) if self.last_good else None
+        doubts = judge(self.agent, self.head.scope, store, captured.entries, last_good, self.limits, look)
         named = {problem.path for problem in captured.problems}
         # What could not be copied is missing for that reason, and not for another.
         doubts = [doubt for doubt in doubts if doubt.path not in named]
@@ -224,7 +256,7 @@ class _Taking:
         }
         return Manifest(**values, entries=entries)
 
-    def _commit(self, snapshot: Path, manifest: Manifest) -> Manifest:
+    def _commit(self, fd: int, snapshot: Path, manifest: Manifest) -> Work[Manifest]:
         number = 1
         while True:
             slot = self.head.slot if number == 1 else f"{self.head.slot}-{number}"
@@ -232,19 +264,37 @@ class _Taking:
             self.repo.discard_remains(identifier)
             if not self.repo.path(identifier).exists():
                 named = replace(manifest, id=identifier, slot=slot)
-                _write_papers(snapshot, named)
+                papers = _write_papers(snapshot, named)
+                yield Sync(fd)
+                _check_papers(snapshot, papers)
                 with contextlib.suppress(FileExistsError):
-                    self.repo.commit(snapshot, identifier)
+                    self.repo.commit(snapshot, identifier, sync=False)
+                    # Only now: a name that the disk does not know yet is not a snapshot.
+                    yield Sync(fd)
                     return named
             number += 1
 
 
-def _write_papers(snapshot: Path, manifest: Manifest) -> None:
+def _write_papers(snapshot: Path, manifest: Manifest) -> dict[str, bytes]:
     content = encode(manifest)
+    papers = {MANIFEST: content, CHECKSUMS: checksums(content, manifest.entries)}
     with Tree(snapshot) as tree:
-        for name, text in ((MANIFEST, content), (CHECKSUMS, checksums(content, manifest.entries))):
+        for name, text in papers.items():
             tree.remove(name)
             disk.write_file(tree, name, text, sync=False)
-        disk.sync_all(tree.fd)
-        if tree.read_bytes(MANIFEST) != content:
-            raise SnapshotError("the manifest came back from the disk changed")
+    return papers
+
+
+def _check_papers(snapshot: Path, papers: Mapping[str, bytes]) -> None:
+    with Tree(snapshot) as tree:
+        for name, found in opened_ahead(tree, papers, lambda name: name):
+            if isinstance(found, OSError):
+                raise found
+            with open(os.dup(found), "rb", buffering=0) as file:
+                if file.readall() != papers[name]:
+                    raise SnapshotError(f"“{name}” came back from the disk changed")
+
+
+def _weight(captured: Captured) -> int:
+    """Return about how many small files' worth of writing was done."""
+    return len(captured.entries) + sum(entry.size for entry in captured.entries.values()) // 32768

@@ -8,15 +8,20 @@ and no longer counts as good.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from backup_worker.snapshots import disk
-from backup_worker.snapshots.disk import ReadError, Tree
+from backup_worker.snapshots.content import copy_hashed, opened_ahead
+from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import SnapshotError, translated
 from backup_worker.snapshots.manifest import CHECKSUMS, FILES, MANIFEST, Entry, Manifest, Problem, checksums
 from backup_worker.snapshots.repository import Repository
+
+SMALL_BYTES = 1 << 20
+"""A file below this is read with one call."""
 
 
 @translated("verifying")
@@ -48,7 +53,7 @@ def _examine(repo: Repository, identifier: str) -> list[Problem]:
             problems = list(_paper_problems(top, manifest))
             with Tree(FILES, dir_fd=top.fd) as files:
                 problems += _tree_problems(files, manifest)
-                problems += _content_problems(files, manifest.entries)
+                problems += [Problem(entry.path, why) for entry, why in read_back(files, manifest.entries)]
     except OSError as error:
         return [Problem(FILES, f"cannot be read: {(error.strerror or str(error)).lower()}")]
     return problems
@@ -56,7 +61,39 @@ def _examine(repo: Repository, identifier: str) -> list[Problem]:
 
 def unproven(files: Tree, entries: Iterable[Entry]) -> list[Entry]:
     """Re-read the regular files among `entries` from the disk; return those that are not what they should be."""
-    return [entry for entry in entries if entry.kind == "file" and _content_problem(files, entry) is not None]
+    return [entry for entry, _ in read_back(files, entries)]
+
+
+def read_back(
+    files: Tree, entries: Iterable[Entry], look: Callable[[Entry, int, bytes | None], None] | None = None
+) -> Iterator[tuple[Entry, str]]:
+    """Re-read the regular files among `entries` from the disk; yield those that are not what they should be, and why.
+
+    `look` is shown each file that is: its entry, a descriptor, and its content if it is a small one.
+    """
+    wanted = (entry for entry in entries if entry.kind == "file")
+    for entry, found in opened_ahead(files, wanted, lambda entry: entry.path):
+        if isinstance(found, OSError):
+            yield entry, f"cannot be opened: {(found.strerror or '').lower()}"
+            continue
+        content: bytes | None = None
+        try:
+            if entry.size < SMALL_BYTES:
+                content = os.read(found, entry.size + 1)
+            if content is not None and len(content) == entry.size:
+                size, digest = entry.size, hashlib.sha256(content).hexdigest()
+            else:
+                os.lseek(found, 0, os.SEEK_SET)
+                size, digest = copy_hashed(found, None, entry.size)
+        except OSError as error:
+            yield entry, f"cannot be read: {(error.strerror or '').lower()}"
+            continue
+        if size != entry.size:
+            yield entry, f"has {size} bytes, not {entry.size}"
+        elif digest != entry.sha256:
+            yield entry, "its content changed"
+        elif look is not None:
+            look(entry, found, content)
 
 
 def _paper_problems(top: Tree, manifest: Manifest) -> Iterator[Problem]:
@@ -96,28 +133,3 @@ def _tree_problems(files: Tree, manifest: Manifest) -> Iterator[Problem]:
                 yield Problem(path, "points elsewhere")
     for path in expected:
         yield Problem(path, "missing")
-
-
-def _content_problems(files: Tree, entries: Iterable[Entry]) -> Iterator[Problem]:
-    for entry in entries:
-        if entry.kind == "file":
-            problem = _content_problem(files, entry)
-            if problem:
-                yield Problem(entry.path, problem)
-
-
-def _content_problem(files: Tree, entry: Entry) -> str | None:
-    """Compare one file; None if it is proven, or not there as a file (which `_tree_problems` reports)."""
-    try:
-        fd = files.open(entry.path, os.O_RDONLY)
-    except OSError as error:
-        return f"cannot be opened: {(error.strerror or '').lower()}"
-    try:
-        size, digest = disk.hash_from_disk(fd)
-    except ReadError as error:
-        return f"cannot be read: {(error.strerror or '').lower()}"
-    finally:
-        os.close(fd)
-    if size != entry.size:
-        return f"has {size} bytes, not {entry.size}"
-    return None if digest == entry.sha256 else "its content changed"

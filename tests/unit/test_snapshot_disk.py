@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker.snapshots.disk import CHUNK_BYTES, copy_hashed
+from backup_worker.snapshots.content import CHUNK_BYTES, copy_hashed
 
 
 @pytest.mark.parametrize("hint", [0, 10, CHUNK_BYTES, 4 * CHUNK_BYTES])

@@ -1,0 +1,218 @@
+"""Several works share their waits for the disk, and several processes share the works.
+
+A work is a generator that yields wherever everything that it has written must be on the disk before it goes on. Alone
+it syncs there; together with others, one sync of the file system serves them all. Nothing about the order of a work's
+own steps changes. A work that fails does not touch the others; when the caller gives up, each cleans up behind itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from backup_worker.snapshots import disk
+
+AT_ONCE = 24
+"""Works that wait for the disk together; each has about ten open files."""
+WEIGHT_AT_ONCE = 6000
+PR_SET_PDEATHSIG = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """A request: bring the file system of `fd` to the disk. `weight`: about how many files were written for it."""
+
+    fd: int
+    weight: int = 0
+
+
+Work = Generator[Sync, None, T]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of the work number `index`: a result, or the error that ended it."""
+
+    index: int
+    result: Any = None
+    error: Exception | None = None
+
+
+def alone(work: Work[T]) -> T:
+    """Run one work to its end and return its result."""
+    try:
+        step = next(work)
+        while True:
+            try:
+                disk.sync_all(step.fd)
+            except OSError as error:
+                step = work.throw(error)
+            else:
+                step = next(work)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+def together(works: Iterable[tuple[int, Work[Any]]]) -> Iterator[Outcome]:
+    """Run works to their ends, a few at a time, and yield their outcomes. None may wait for another one's lock."""
+    waiting = iter(works)
+    active: list[tuple[int, Work[Any], Sync]] = []
+    try:
+        while True:
+            weight = 0
+            for index, work in waiting:
+                step = _advance(index, work, None)
+                if isinstance(step, Outcome):
+                    yield step
+                    continue
+                active.append((index, work, step))
+                weight += step.weight
+                if len(active) == AT_ONCE or weight >= WEIGHT_AT_ONCE:
+                    break
+            if not active:
+                return
+            while active:
+                failures = _sync_each([step.fd for _, _, step in active])
+                now, active = active, []
+                for position, (index, work, _) in enumerate(now):
+                    step = _advance(index, work, failures[position])
+                    if isinstance(step, Outcome):
+                        yield step
+                    else:
+                        active.append((index, work, step))
+    finally:
+        for _, work, _ in active:
+            work.close()
+
+
+def _advance(index: int, work: Work[Any], failure: OSError | None) -> Sync | Outcome:
+    try:
+        return next(work) if failure is None else work.throw(failure)
+    except StopIteration as end:
+        return Outcome(index, end.value)
+    except Exception as error:  # noqa: BLE001 - handed to whoever asked for this work, the others go on
+        return Outcome(index, error=error)
+
+
+def _sync_each(fds: Sequence[int]) -> list[OSError | None]:
+    """Sync each file system once; the oldest descriptor of each tells of every write error since it was opened."""
+    failed: dict[int, OSError | None] = {}
+    devices = [os.fstat(fd).st_dev for fd in fds]
+    for fd, device in zip(fds, devices, strict=True):
+        if device not in failed:
+            try:
+                disk.sync_all(fd)
+                failed[device] = None
+            except OSError as error:
+                failed[device] = error
+    return [failed[device] for device in devices]
+
+
+# -- several processes ----------------------------------------------------------------------------------------------
+
+
+def shared_out(
+    count: int,
+    run: Callable[[Iterator[int]], Iterator[tuple[int, Any]]],
+    *,
+    processes: int | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Run the works 0 to `count` - 1 in several processes and yield (number, result) as they end.
+
+    `run` is called in each process with an iterator over the numbers that fall to it, and yields each with a result
+    that JSON can hold. A work that a process took and never answered for (it was killed) comes with None. The child
+    processes die with this one; they share nothing with it but what was there before.
+    """
+    processes = min(processes or len(os.sched_getaffinity(0)), count)
+    if processes < 2:
+        yield from run(iter(range(count)))
+        return
+    # Reading moves the offset that all processes share: each number is read once, and in order.
+    numbers = os.memfd_create("agent-backup-works")
+    children: dict[int, int] = {}
+    answered: set[int] = set()
+    try:
+        os.write(numbers, b"".join(n.to_bytes(4, "little") for n in range(count)))
+        os.lseek(numbers, 0, os.SEEK_SET)
+        for _ in range(processes):
+            pid, pipe = _start(numbers, run)
+            children[pipe] = pid
+        for number, result in _answers(children):
+            answered.add(number)
+            yield number, result
+        for number in range(count):
+            if number not in answered:
+                yield number, None
+    finally:
+        os.close(numbers)
+        for pipe, pid in children.items():
+            # Asked as Ctrl-C asks: it removes what it has staged.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
+            os.close(pipe)
+            os.waitpid(pid, 0)
+
+
+def _start(numbers: int, run: Callable[[Iterator[int]], Iterator[tuple[int, Any]]]) -> tuple[int, int]:
+    reading, writing = os.pipe()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        os.close(writing)
+        return pid, reading
+    code = 1
+    try:
+        os.close(reading)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == parent:
+            with open(writing, "wb", buffering=0) as pipe:
+                for number, result in run(_taken(numbers)):
+                    pipe.write(json.dumps([number, result]).encode("ascii") + b"\n")
+            code = 0
+    except (KeyboardInterrupt, BrokenPipeError):
+        code = 130
+    except BaseException:  # noqa: BLE001 - a fault of ours: said here, because nobody above sees it
+        sys.excepthook(*sys.exc_info())
+    finally:
+        # Nothing of the parent's (buffers, exit handlers, tests) may run a second time in here.
+        os._exit(code)
+
+
+def _taken(numbers: int) -> Iterator[int]:
+    while taken := os.read(numbers, 4):
+        yield int.from_bytes(taken, "little")
+
+
+def _answers(children: dict[int, int]) -> Iterator[tuple[int, Any]]:
+    """Yield what the children say, until each has ended."""
+    rests = dict.fromkeys(children, b"")
+    with selectors.DefaultSelector() as selector:
+        for pipe in children:
+            selector.register(pipe, selectors.EVENT_READ)
+        while rests:
+            for key, _ in selector.select():
+                pipe = key.fd
+                block = os.read(pipe, 1 << 16)
+                *lines, rests[pipe] = (rests[pipe] + block).split(b"\n")
+                for line in lines:
+                    number, result = json.loads(line)
+                    yield number, result
+                if not block:
+                    selector.unregister(pipe)
+                    del rests[pipe]
+                    os.waitpid(children[pipe], 0)
+                    os.close(pipe)
+                    del children[pipe]

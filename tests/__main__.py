@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ NO_TESTS_COLLECTED = 5
 
 def main(wanted: list[str]) -> int:
     """Run `wanted` (default: all suites); return 0 only if every one passed and none was empty."""
+    # Started in the background by a shell, we would hand an ignored Ctrl-C on to every program that the tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     here = Path(__file__).parent
     results: list[tuple[str, int, float]] = []
     for suite in wanted or SUITES:

@@ -145,6 +145,10 @@ class Repository:
         else:
             self._note("damaged", identifier, now)
 
+    def damaged_at(self, identifier: str) -> float | None:
+        """Return when damage was last found in a snapshot that was not proven since, or None."""
+        return self._noted_at("damaged", identifier)
+
     def record_failure(self, tier: str, agent: str, *, now: float) -> None:
         """Write down that a backup failed: retention deletes nothing of that agent and tier until one succeeds."""
         self._note("failed", f"{tier}/{agent}", now)

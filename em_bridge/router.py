@@ -22,10 +22,10 @@ import redis
 from em_bridge import streams
 from em_bridge.connection import MAX_BLOCK_S
 from em_bridge.errors import InvalidEvent
-from em_bridge.events import Message, decode, encode, encode_body
+from em_bridge.events import Heartbeat, Message, decode, encode, encode_body
 from em_bridge.lease import epoch_key
 from em_bridge.scripts import Arg, Script
-from em_bridge.streams import DEAD_LETTER, MESSAGES, ROUTER_GROUP, Fields
+from em_bridge.streams import DEAD_LETTER, HEARTBEATS, MESSAGES, ROUTER_GROUP, Fields
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,7 @@ class Router:
         self._pending_first = True
         self._claimed = False
         self._last = "0-0"
+        self._beats_from = "-"
         self.routed = 0
         self.dead_letters = 0
 
@@ -252,8 +253,11 @@ class Router:
                 entry.message = event
             except InvalidEvent as problem:
                 entry.reason = problem.message
-        if any(entry.message and entry.message.to not in self._known for entry in entries):
-            self._refresh_known()
+        recipients = {entry.message.to for entry in entries if entry.message}
+        if not recipients <= self._known:
+            self._known = known_agents(self._client)
+        if not recipients <= self._known:
+            self._known |= self._newcomers()
         for entry in entries:
             if entry.message and entry.message.to not in self._known:
                 entry.reason = f"unknown recipient “{entry.message.to}”"
@@ -273,8 +277,23 @@ class Router:
             entry.reason = f"the inbox of “{entry.message.to}” is a key of another type"
             entry.message = None
 
-    def _refresh_known(self) -> None:
-        self._known = known_agents(self._client)
+    def _newcomers(self) -> set[str]:
+        """Return who has beaten since we last looked, and remember them.
+
+        The monitor does it too, but later: the answer to an agent's first message may come before.
+        """
+        found: set[str] = set()
+        for entry, fields in streams.read_range(self._client, HEARTBEATS, self._beats_from):
+            self._beats_from = f"({entry}"
+            try:
+                beat = decode(fields, stream=HEARTBEATS)
+            except InvalidEvent:
+                continue
+            assert isinstance(beat, Heartbeat)
+            found.add(beat.agent)
+        if found - self._known:
+            self._client.sadd(streams.SEEN, *(found - self._known))
+        return found
 
     def _route(self, entries: Sequence[_Entry]) -> dict[str, str]:
         """Run the script for `entries`; return the ids it refused, with the reasons."""

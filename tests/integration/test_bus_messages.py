@@ -15,7 +15,7 @@ import redis
 from em_bridge import Agent, ExecutionManager, messages, replay, streams
 from em_bridge.connection import connect
 from em_bridge.errors import AgentBackupError, InvalidEvent, LeaseLost
-from em_bridge.events import MAX_BODY_BYTES, DeadLetter, Message, decode, encode
+from em_bridge.events import MAX_BODY_BYTES, DeadLetter, Heartbeat, Message, decode, encode
 from em_bridge.lease import Lease
 from em_bridge.outbox import Outbox
 from em_bridge.router import Router
@@ -343,6 +343,20 @@ def test_invalid_entries_and_unknown_recipients_become_dead_letters(valkey: Valk
     assert reasons[1:] == ["the entry has no field “type”", "unknown recipient “ghost”"]
     assert letters(client)[1].raw == {"foo": b"bar"}
     assert client.xpending(streams.MESSAGES, streams.ROUTER_GROUP)["pending"] == 0
+
+
+def test_whoever_has_beaten_gets_messages_though_no_monitor_saw_it_yet(valkey: ValkeyServer) -> None:
+    client = valkey.client()
+    routing = router(valkey)
+    client.xadd(streams.HEARTBEATS, {b"type": b"heartbeat", b"body": b"\xc1"})
+    for name in ("node", "deno"):
+        streams.append(client, Heartbeat(name, "i1", 0))
+        messages.send_once(client, "z", name, name.encode(), at=1.0)
+        messages.send_once(client, "z", "ghost", b"boo", at=1.0)
+        drain(routing)
+        assert inbox_of(client, name) == [name.encode()]
+    assert client.smembers(streams.SEEN) == {b"node", b"deno"}
+    assert [letter.reason for letter in letters(client)] == ["unknown recipient “ghost”"] * 2
 
 
 def test_a_message_that_only_just_fits_does_not_stop_the_router(valkey: ValkeyServer) -> None:

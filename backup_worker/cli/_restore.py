@@ -135,16 +135,18 @@ class _Job:
             )
 
     def refuse_living(self) -> None:
-        """Raise AgentBackupError if a process of the agent is alive."""
+        """Raise AgentBackupError if a process of the agent is alive, or nobody can say whether one is."""
+        from backup_worker.recovery.adapters import adapter_for
         from backup_worker.recovery.processes import find
 
-        start = self.config.agent(self.name).start
-        command = tuple(start.command) if start is not None and start.command else ()
-        running = find(self.name, self.target, command=command, state=self.config.schedule.state)
+        agent, state = self.config.agent(self.name), self.config.schedule.state
+        if agent.start is None:
+            running = find(self.name, self.target, state=state)
+        else:
+            running = adapter_for(self.name, agent, state).running()
         if running:
-            first = running[0]
             raise AgentBackupError(
-                f"“{self.name}” is running (pid {first.pid}: {first.command}); a living agent is never overwritten",
+                f"“{self.name}” is running: {running[0]}; a living agent is never overwritten",
                 hint=f"stop it first, or let `backup-worker recover {self.name}` do it all, "
                 "or restore elsewhere with --to DIR",
             )

@@ -142,6 +142,13 @@ class Heartbeat(Model):
         examples=[3],
         ge=1,
     )
+    health_within: float = Field(
+        30,
+        title="number of seconds",
+        description="How long the health command may take; longer means not well.",
+        examples=[30],
+        gt=0,
+    )
 
 
 class AgentConfig(Model):
@@ -191,7 +198,8 @@ class AgentConfig(Model):
     health: Command | None = Field(
         None,
         title="list of a program and its arguments",
-        description="A command, run in the agent's root, that exits 0 if the agent is well.",
+        description="A command, run in the agent's root on its host, that exits 0 if the agent is well. A recovery "
+        "is over only when it does, and is tried again until then or until verify_within.",
         examples=[["python3", "health.py"]],
     )
 

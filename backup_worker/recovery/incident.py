@@ -6,7 +6,7 @@
     restore        keep evidence, stage, verify, swap                   depend               select (no space: escalate)
     depend         wait until what the agent needs is verified          start                escalate (deadline)
     start          start the new process                                prove                retry
-    prove          wait for beats of the new incarnation                recovered            retry (exit, deadline)
+    prove          wait for beats of the new incarnation, and health    recovered            retry (exit, deadline)
 
 `retry` is `fence` again with the next older state, as often as `recovery.attempts` says, then escalation. A state that
 could not be laid down was not tried: `select` proves anew, and passes over what turned out to be damaged. An incident
@@ -133,6 +133,8 @@ class Incident:
     old_incarnations: tuple[str, ...] = ()
     end_mark: str = ""
     """Entry id in the heartbeat stream at the closing: a beat behind it proves life after an escalation."""
+    unwell: str = ""
+    """What the agent's `health` command said last, if it beats but is not well: its beats alone wake nobody then."""
     resumes: int = 0
     """How often the present phase was begun without having come to an end."""
 
@@ -149,7 +151,7 @@ class Incident:
         """Return the incident in `phase`; raises ValueError if the table does not allow that transition."""
         if phase not in NEXT[self.phase]:
             raise ValueError(f"an incident in {self.phase} cannot enter {phase}")
-        return replace(self, phase=phase, resumes=0, **changes)
+        return replace(self, phase=phase, resumes=0, unwell="", **changes)
 
     def closed(self, state: str, now: float, end_mark: str) -> Incident:
         """Return the incident closed as `state` (RECOVERED or ESCALATED)."""

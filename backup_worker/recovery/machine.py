@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from backup_worker.recovery import heartbeats
 from backup_worker.recovery.adapters import Adapter, adapter_for
+from backup_worker.recovery.checkup import Checkup, examine
 from backup_worker.recovery.incident import (
     AGAIN_AFTER_S,
     CURRENT,
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from backup_worker.config import AgentConfig, Config
+
+HEALTH = "health"
+"""The step of an examination that an agent did not pass."""
 
 OPENED = "open"
 """The first step of every incident."""
@@ -241,16 +245,36 @@ class Recovery:
             raise AgentBackupError("the new process has ended: " + self._last_words(incident.agent))
         beats = self._beats(incident.start_mark)
         incarnation, count = beats.streak(incident.agent, incident.start_mark, incident.old_incarnations)
-        if count >= agent.heartbeat.stable_beats:
-            detail = f"{count} beats in a row of incarnation {incarnation}"
-            return self._recovered(self._noted(incident, PROVE, True, detail))
         now = self.now()
+        if count >= agent.heartbeat.stable_beats:
+            proof = f"{count} beats in a row of incarnation {incarnation}"
+            verdict = self._examined(incident, agent, now)
+            if verdict is None or verdict.is_well:
+                # It may have ended while it was examined.
+                if verdict is not None and not adapter.running():
+                    raise AgentBackupError("the new process has ended: " + self._last_words(incident.agent))
+                detail = f"{proof}; {verdict.detail}" if verdict else proof
+                return self._recovered(self._noted(incident, PROVE, True, detail))
+            if verdict.detail != incident.unwell:
+                incident = self._noted(
+                    replace(incident, unwell=verdict.detail), HEALTH, False, verdict.detail
+                )
+            now = self.now()
         if incident.deadline is not None and now >= incident.deadline:
+            what = f"{count} of {agent.heartbeat.stable_beats} beats"
             raise AgentBackupError(
-                f"{count} of {agent.heartbeat.stable_beats} beats within {agent.heartbeat.verify_within:g} s: "
-                + self._last_words(incident.agent)
+                f"{what} within {agent.heartbeat.verify_within:g} s: "
+                + (incident.unwell or self._last_words(incident.agent))
             )
         return self._sleep(incident, min(now + LOOK_AGAIN_S, incident.deadline or now + LOOK_AGAIN_S))
+
+    def _examined(self, incident: Incident, agent: AgentConfig, now: float) -> Checkup | None:
+        """Return what the agent's `health` command says; None if it has none."""
+        if agent.health is None:
+            return None
+        left_s = max(1.0, (incident.deadline or now) - now)
+        limit_s = min(agent.heartbeat.health_within, left_s)
+        return examine(incident.agent, agent.root, agent.health, redis_url=self.redis_url, limit_s=limit_s)
 
     # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -78,7 +78,7 @@ class Pacemaker:
             return False
         if incident.phase == PROVE:
             _, count = self.beats.streak(incident.agent, incident.start_mark, incident.old_incarnations)
-            return count >= agent.heartbeat.stable_beats
+            return count >= agent.heartbeat.stable_beats and not incident.unwell
         if incident.phase == DEPEND:
             latest = self.store.latest(agent.depends_on)
             return not missing_dependencies(incident, agent.depends_on, latest, self.beats)

@@ -274,6 +274,50 @@ def test_nothing_is_restored_by_hand_while_a_recovery_is_at_work(fleet: Fleet) -
     assert fleet.files("z") == before
 
 
+def test_one_that_beats_but_is_not_well_is_not_recovered_until_it_is(fleet: Fleet) -> None:
+    health = (
+        "import os, sys; print('warming up'); sys.exit(not os.path.exists(os.environ['AGENT_ID'] + '.warm'))"
+    )
+    fleet.add("z", health=[sys.executable, "-c", health])
+    fleet.backup("z")
+    opened = fleet.open("z")
+    wait_for(lambda: "health!" in steps(fleet.service.advance(opened.id)), "the first examination")
+    assert [one.detail for one in fleet.service.store.get(opened.id).steps][
+        -1
+    ] == "health: exit code 1: warming up"
+    fleet.service.advance(opened.id)
+    (fleet.root("z") / "z.warm").touch()
+    incident = fleet.drive(opened.id)[0]
+    assert incident.state == RECOVERED
+    assert incident.attempts == 1
+    assert steps(incident)[-3:] == ["start", "health!", "prove"], "an answer is kept once"
+    assert "health: exit code 0: warming up" in incident.steps[-1].detail
+
+
+def test_a_state_on_which_the_agent_beats_but_is_never_well_gives_way_to_an_older_one(fleet: Fleet) -> None:
+    health = "import sys; sys.exit('poison' if 'poison' in open('SOUL.md').read() else 0)"
+    fleet.add("z", health=[sys.executable, "-c", health], heartbeat={"verify_within": 1.5})
+    old = fleet.backup("z")
+    (fleet.root("z") / "SOUL.md").write_text("I am poison.\n")
+    new = fleet.backup("z")
+    incident = fleet.recover("z")
+    assert incident.state == RECOVERED
+    assert (incident.tried, incident.chosen) == ((new,), (old,))
+    failed = next(one for one in incident.steps if one.step == "prove" and not one.ok)
+    assert "beats within 1.5 s: health: exit code 1: poison" in failed.detail
+
+
+def test_one_that_dies_while_it_is_examined_is_not_recovered(fleet: Fleet) -> None:
+    health = "import os, signal; os.kill(int(open('pid').read()), signal.SIGKILL)"
+    fleet.add("z", health=[sys.executable, "-c", health], recovery={"attempts": 1})
+    program = fleet.root("z") / "agent.py"
+    program.write_text("import os; open('pid', 'w').write(str(os.getpid()))\n" + program.read_text())
+    fleet.backup("z")
+    incident = fleet.recover("z")
+    assert incident.state == ESCALATED
+    assert "the new process has ended" in fleet.history()[-1]["detail"]
+
+
 # ── who needs whom ──────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -188,3 +188,14 @@ def test_a_closed_incident_leaves_nothing_to_wake(client: redis.Redis, config: C
     pacemaker = Pacemaker(client)
     assert pacemaker.tick(config, NOW + 100) == IDLE_TICK_S
     assert woken(client) == []
+
+
+def test_one_that_beats_but_is_not_well_is_left_to_its_next_look(client: redis.Redis, config: Config) -> None:
+    pacemaker = Pacemaker(client)
+    waits = opened(client, phase=PROVE, start_mark="0-0", unwell="health: exit code 1", wake_at=NOW + 100)
+    beat(client, "z", times=5)
+    pacemaker.tick(config, NOW)
+    assert woken(client) == []
+    IncidentStore(client).save(replace(waits, unwell=""), wake_at=NOW + 100)
+    pacemaker.tick(config, NOW)
+    assert woken(client) == [waits.id]

@@ -6,6 +6,8 @@ marks are watched, so that of two dispatchers with the same entries only one get
 so that a second delivery makes no second job. A crash before the transaction repeats it; after it there is nothing left
 to do. A lost reply looks like a failure here, and the marks tell on the next reading.
 
+A stream is not read while the queue that its events go to is full; see `backpressure`.
+
 What a dead dispatcher left pending is claimed once it has been idle for `CLAIM_IDLE_S`. An entry that was delivered
 `MAX_DELIVERIES` times is a dead letter, so that one which kills its reader cannot do so for ever; one that was left
 before is claimed and handed off by itself, so that it takes no other with it.
@@ -29,7 +31,8 @@ import redis.exceptions
 from rq.job import Retry
 from rq.queue import Queue
 
-from backup_worker import due, queues, retries
+from backup_worker import backpressure, due, queues, retries
+from backup_worker.config.schedule import Limits
 from em_bridge import clock, connection, events, streams
 from em_bridge.errors import AgentBackupError, InvalidEvent, RedisRefused
 
@@ -46,7 +49,11 @@ CLAIM_IDLE_S = 4.0
 CLAIM_EVERY_S = 1.0
 MAX_DELIVERIES = 5
 MARK_TTL_S = 30 * 24 * 3600
-"""How long a job id counts as handed off: longer than any entry stays on a stream."""
+"""How long a job id counts as handed off, at the least; `mark_ttl_s` has it outlive every entry."""
+DUE_MARK_TTL_S = 24 * 3600
+"""The same for what comes round again by itself, some thousand times a day, and does no harm if it comes twice."""
+HELD_LOOK_S = 0.1
+"""How often a dispatcher looks whether a queue that was full has room again."""
 
 TIME_LIMITS_S = {
     "backup": 3600, "config_change": 3600, "agent_state": 1800, "incident": 1800, "maintenance": 3600,
@@ -56,6 +63,8 @@ DELIVERY_LIMIT_S = 300
 """The same for sending alerts, which waits for other people's servers."""
 RESULT_TTL_S = 3600
 FAILURE_TTL_S = 7 * 24 * 3600
+
+_DEFAULTS = Limits()
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,255}")
 """What RQ takes as a job id."""
@@ -113,12 +122,16 @@ class Entry:
 class Dispatcher:
     """One reader of the streams. Any number may run side by side."""
 
-    def __init__(self, client: Redis, *, consumer: str | None = None) -> None:
+    def __init__(
+        self, client: Redis, *, consumer: str | None = None, limits: Callable[[], Limits] = lambda: _DEFAULTS
+    ) -> None:
         self.client = client
+        self.limits = limits
         self.consumer = consumer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._queues: dict[str, Queue] = {}
         self._next_claim = 0.0
         self._reread = False
+        self._held: dict[str, str] = {}
 
     def prepare(self) -> None:
         """Create the consumer group on every stream, from the beginning."""
@@ -166,11 +179,27 @@ class Dispatcher:
             claimed = sum(self._hand_off(entries) for entries in self._claim())
             if claimed:
                 log.info("claimed %d entries that another dispatcher left", claimed)
-        return self._hand_off(self._read(">", block_ms=block_ms))
+        open_ = self._open_streams()
+        if len(open_) < len(STREAMS):
+            block_ms = min(block_ms, int(HELD_LOOK_S * 1000))
+        if not open_:
+            clock.sleep(block_ms / 1000)
+            return 0
+        return self._hand_off(self._read(">", block_ms=block_ms, of=open_))
 
-    def _read(self, position: str, *, block_ms: int | None) -> list[Entry]:
+    def _open_streams(self) -> list[str]:
+        """Return the streams whose events have room in their queues."""
+        held = backpressure.held(backpressure.lengths(self.client), self.limits().queue_jobs)
+        for stream in held.keys() - self._held.keys():
+            log.warning("%s is not read: the %s queue is full", stream, held[stream])
+        for stream in self._held.keys() - held.keys():
+            log.info("%s is read again", stream)
+        self._held = held
+        return [stream for stream in STREAMS if stream not in held]
+
+    def _read(self, position: str, *, block_ms: int | None, of: Sequence[str] = STREAMS) -> list[Entry]:
         answer: Any = self.client.xreadgroup(
-            GROUP, self.consumer, dict.fromkeys(STREAMS, position), count=BATCH, block=block_ms
+            GROUP, self.consumer, dict.fromkeys(of, position), count=BATCH, block=block_ms
         )
         return [
             # No fields: it is pending for us, and somebody has removed it from the stream.
@@ -231,7 +260,7 @@ class Dispatcher:
         jobs: dict[str, dict[str, Job]] = {}
         for (entry, job), mark, already in zip(planned, marks, seen, strict=True):
             if already is None:
-                pipeline.set(mark, entry.id, ex=MARK_TTL_S)
+                pipeline.set(mark, entry.id, ex=mark_ttl_s(job, self.limits()))
                 if isinstance(job, Job):
                     # Keyed by id: the same slot may have been announced twice within this batch.
                     jobs.setdefault(job.queue, {})[job.id] = job
@@ -251,6 +280,16 @@ class Dispatcher:
             # Asked for now: RQ would otherwise ask in the middle of our transaction.
             self._queues[name].get_redis_server_version()
         return self._queues[name]
+
+
+def mark_ttl_s(job: Job | str, limits: Limits) -> int:
+    """Return for how many seconds the hand-off of `job`, or of a dead letter, is remembered. Pure.
+
+    A mark must outlive its entry, which may stay `log_days` and be pending before that; twice that is enough.
+    """
+    if isinstance(job, Job) and job.function in ("incident", "maintenance"):
+        return DUE_MARK_TTL_S
+    return max(MARK_TTL_S, int(limits.log_days * 2 * 24 * 3600))
 
 
 def _plan(entry: Entry) -> Job | str:

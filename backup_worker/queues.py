@@ -215,6 +215,11 @@ class SafeQueue(Queue):
         return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=MAINTENANCE_LOCK_S))
 
 
+def kind(name: str) -> str:
+    """Return which of `QUEUES` the queue `name` is, whatever host it belongs to."""
+    return name.partition(".")[0]
+
+
 def open_queue(name: str, client: Redis) -> SafeQueue:
     """Return the queue `name` (one of `QUEUES`, perhaps with `.<host>` behind it) on `client`."""
     return SafeQueue(name, connection=client, serializer=MsgpackSerializer, job_class=SafeJob)

@@ -127,7 +127,9 @@ def dispatcher(config_dir: Path, url: str | None) -> None:
     """Hand events to the workers, and wake what waits: incidents, and jobs that are tried again."""
     watch = ConfigWatch(config_dir)
     # Never retried by the client: a transaction whose reply was lost is found again through its marks.
-    handing_off = Dispatcher(connection.connect(url, retrying=False))
+    handing_off = Dispatcher(
+        connection.connect(url, retrying=False), limits=lambda: watch.current.schedule.limits
+    )
     waking = connection.connect(url)
     with stopped_by_signals() as stop, ThreadPoolExecutor(1, "pacemaker") as beside:
         pacing = beside.submit(_pace, stop, waking, watch)

@@ -5,11 +5,15 @@ Read-only. What Redis knows is left out, not guessed, while Redis is away; the a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from backup_worker import alerts, maintain, queues, schedule
+from redis.exceptions import NoPermissionError
+
+from backup_worker import alerts, backpressure, drill, maintain, schedule, scrub
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
+from backup_worker.snapshots import Head
 from em_bridge import streams
 
 if TYPE_CHECKING:
@@ -19,9 +23,10 @@ ALERT_KEYS = ("key", "severity", "title", "body", "agent", "opened_at", "acknowl
 
 
 def overview(runtime: Runtime, now: float) -> dict[str, Any]:
-    """Return newest good snapshots with their ages and limits, next runs, queues, lag, open incidents and alerts.
+    """Return newest good snapshots with their ages and limits, next runs, queues, lag, memory, incidents and alerts.
 
-    `overdue` lists what is missing; `ok` is False if anything is, or if Redis cannot be reached.
+    `held` says of each stream that is not read for now which queue is full. `overdue` lists what is missing; `ok` is
+    False if anything is, or if Redis cannot be reached.
     """
     config = runtime.config
     zone = config.schedule.timezone
@@ -30,7 +35,8 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
     for head in heads:
         if head.is_good:
             newest[head.agent, head.tier] = head
-    overdue = maintain.missing_backups(runtime, now)
+    overdue = maintain.missing_backups(runtime, now, heads)
+    undrilled = drill.overdue(config, runtime.repository, heads, now)
     agents = []
     for agent in config.agents:
         tiers = {}
@@ -42,7 +48,8 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
                 "age_s": now - good.created_at if good else None,
                 "overdue": late.slot if late else None,
             }
-        agents.append({"agent": agent, "tiers": tiers})
+        drilled = _drilled(runtime, agent, now) | {"overdue": agent in undrilled}
+        agents.append({"agent": agent, "tiers": tiers, "drill": drilled})
     result: dict[str, Any] = {
         "at": now,
         "agents": agents,
@@ -51,29 +58,76 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
             for name, tier in config.schedule.tiers.items()
         },
         "overdue": sorted(f"{tier}/{late.slot}/{agent}" for (tier, agent), late in overdue.items()),
+        "drills_overdue": sorted(undrilled),
+        "scrub": _scrubbed(runtime, heads, now),
         "redis": runtime.client is not None,
         "queues": None,
+        "held": None,
         "lag_s": None,
+        "memory": None,
         "dead_letters": None,
         "incidents": None,
         "alerts": None,
     }
     if runtime.client is not None:
         result |= _live(runtime, now)
-    result["ok"] = not result["overdue"] and result["redis"]
+    result["ok"] = result["redis"] and not is_late(result) and not result["scrub"]["damaged"]
     return result
+
+
+def is_late(facts: dict[str, Any]) -> bool:
+    """Tell whether a backup, the proof of a restore or a verification is overdue in what `overview` returned."""
+    return bool(facts["overdue"] or facts["drills_overdue"] or facts["scrub"]["overdue"])
+
+
+def _drilled(runtime: Runtime, agent: str, now: float) -> dict[str, Any]:
+    """Return when a restore of `agent` was last proven, from which state, and whether the last drill succeeded."""
+    note = drill.note_of(runtime.repository, agent)
+    proven_at = note.proven_at if note else None
+    return {
+        "proven_at": proven_at,
+        "age_s": now - proven_at if proven_at is not None else None,
+        "from": note.proven_from if note else None,
+        "last_ok": note.ok if note else None,
+    }
+
+
+def _scrubbed(runtime: Runtime, heads: Sequence[Head], now: float) -> dict[str, Any]:
+    """Return how old the oldest verification is, how many are overdue, and which snapshots are damaged."""
+    sound = [head.verified_at or head.created_at for head in heads if not head.damaged]
+    readable = {head.id for head in heads}
+    broken = [identifier for identifier in runtime.repository.ids() if identifier not in readable]
+    return {
+        "snapshots": len(heads),
+        "oldest_verified_at": min(sound, default=None),
+        "oldest_age_s": now - min(sound) if sound else None,
+        "overdue": len(scrub.overdue(runtime, heads, now)),
+        "damaged": [head.id for head in heads if head.damaged] + broken,
+    }
 
 
 def _live(runtime: Runtime, now: float) -> dict[str, Any]:
     client = runtime.redis
     store = IncidentStore(client)
+    waiting = backpressure.lengths(client)
     return {
-        "queues": {name: queues.open_queue(name, client).count for name in queues.QUEUES},
+        "queues": waiting,
+        "held": backpressure.held(waiting, runtime.config.schedule.limits.queue_jobs),
         "lag_s": maintain.oldest_waiting(runtime, now),
+        "memory": _memory(client),
         "dead_letters": int(client.xlen(streams.DEAD_LETTER)),
         "incidents": [store.get(incident_id).summary() for incident_id in store.open_ids().values()],
         "alerts": open_alerts(client),
     }
+
+
+def _memory(client: Redis) -> dict[str, int] | None:
+    """Return what the server uses, and its limit (0: none); None if we may not ask."""
+    try:
+        info: Any = client.info("memory")
+    except NoPermissionError:
+        return None
+    return {"used_bytes": int(info["used_memory"]), "limit_bytes": int(info["maxmemory"])}
 
 
 def open_alerts(client: Redis) -> list[dict[str, Any]]:

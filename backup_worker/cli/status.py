@@ -21,28 +21,29 @@ def add_commands(app: typer.Typer) -> None:
 def status(
     config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption = None, as_json: JsonOption = False
 ) -> None:
-    """Show whether everything is backed up and running; exit 1 if a backup is overdue, 3 if Redis is away.
+    """Show whether everything is backed up and running; exit 1 if a backup, a verification or the proof
+    of a restore is overdue or a snapshot is damaged, 3 if Redis is away.
 
     Example: `backup-worker status --json`
     """
     from backup_worker.cli._common import try_runtime
-    from backup_worker.status import overview
+    from backup_worker.status import is_late, overview
 
     runtime, away = try_runtime(config, redis_url)
     result = overview(runtime, clock.now())
     zone = runtime.config.schedule.timezone
     emit(result, as_json=as_json, render=lambda facts: _print(facts, zone))
-    if result["overdue"]:
+    if is_late(result) or result["scrub"]["damaged"]:
         raise typer.Exit(1)
     if away is not None:
         raise away
 
 
 def _print(facts: dict[str, Any], zone: str) -> None:
-    from backup_worker.cli._common import age, coloured, moment, new_table, show
+    from backup_worker.cli._common import age, coloured, moment, new_table, show, size
 
     tiers = list(facts["next_runs"])
-    table = new_table("newest good snapshot", "agent", *tiers)
+    table = new_table("newest good snapshot", "agent", *tiers, "restore proven")
     for row in facts["agents"]:
         cells: list[str | Text] = []
         for tier in tiers:
@@ -51,9 +52,10 @@ def _print(facts: dict[str, Any], zone: str) -> None:
             cells.append(
                 coloured(f"{text}, {cell['overdue']} is overdue", "red") if cell["overdue"] else text
             )
-        table.add_row(row["agent"], *cells)
+        table.add_row(row["agent"], *cells, _proven(row["drill"]))
     runs = ", ".join(f"{tier} {moment(at, zone)}" for tier, at in facts["next_runs"].items() if at)
     show(table, f"next runs ({zone}): {runs or 'none'}")
+    _print_scrub(facts["scrub"])
     if not facts["redis"]:
         show(coloured("Redis cannot be reached: queues, incidents and alerts are unknown", "yellow"))
         return
@@ -61,8 +63,35 @@ def _print(facts: dict[str, Any], zone: str) -> None:
     show(
         f"jobs waiting: {waiting}; oldest event waits {age(facts['lag_s'])}; dead letters: {facts['dead_letters']}"
     )
+    if facts["memory"]:
+        used, limit = (size(facts["memory"][key]) for key in ("used_bytes", "limit_bytes"))
+        show(f"Redis uses {used}" + (f" of {limit}" if facts["memory"]["limit_bytes"] else ""))
+    for stream, queue in facts["held"].items():
+        show(
+            coloured("held", "yellow").append(f" {stream} is not read: the {queue} queue is full", "default")
+        )
     for incident in facts["incidents"]:
         text = f" {incident['id']} in {incident['phase']}: {incident['reason']}"
         show(coloured("open incident", "yellow").append(text, "default"))
     for alert in facts["alerts"]:
         show(coloured("alert", "red").append(f" {alert['severity']}: {alert['title']}", "default"))
+
+
+def _proven(drill: dict[str, Any]) -> str | Text:
+    from backup_worker.cli._common import age, coloured
+
+    text = "never" if drill["age_s"] is None else f"{age(drill['age_s'])} ago"
+    if drill["last_ok"] is False:
+        return coloured(f"{text}, the last drill failed", "red")
+    return coloured(f"{text}, overdue", "red") if drill["overdue"] else text
+
+
+def _print_scrub(scrub: dict[str, Any]) -> None:
+    from backup_worker.cli._common import age, coloured, show
+
+    if scrub["oldest_age_s"] is not None:
+        text = f"verified: {scrub['snapshots']} snapshots, the oldest {age(scrub['oldest_age_s'])} ago"
+        late = f", {scrub['overdue']} are overdue" if scrub["overdue"] else ""
+        show(coloured(text + late, "red" if late else ""))
+    for identifier in scrub["damaged"]:
+        show(coloured("damaged", "red").append(f" {identifier}", "default"))

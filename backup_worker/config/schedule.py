@@ -121,6 +121,13 @@ class Limits(Model):
         examples=[7],
         gt=0,
     )
+    queue_jobs: int = Field(
+        10_000,
+        title="number of jobs",
+        description="Jobs that may wait in a queue before no more events are read for it; they wait on their stream.",
+        examples=[10000],
+        ge=1,
+    )
 
 
 class Scrub(Model):

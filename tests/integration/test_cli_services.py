@@ -125,3 +125,20 @@ def test_status_tells_what_it_knows_also_while_redis_is_away(fleet: SmallFleet) 
     assert facts["queues"] is None
     assert facts["overdue"]
     assert answer.returncode == 1
+
+
+def test_status_says_which_stream_waits_for_which_queue_and_what_redis_uses(
+    fleet: SmallFleet, valkey: ValkeyServer
+) -> None:
+    fleet.edit("backup_schedule.json", lambda document: document.update(limits={"queue_jobs": 2}))
+    client = valkey.client()
+    client.sadd("rq:queues", "rq:queue:backup.far")
+    client.rpush("rq:queue:backup.far", "a", "b", "c")
+    client.config_set("maxmemory", str(512 * 1024**2))
+    facts: Any = json.loads(run(fleet, "status", "--json", url=valkey.url).stdout)
+    assert facts["queues"] == {"recovery": 0, "backup": 0, "maintenance": 0, "backup.far": 3}
+    assert facts["held"] == {"em:config-change": "backup"}
+    assert 100_000 < facts["memory"]["used_bytes"] < facts["memory"]["limit_bytes"] == 512 * 1024**2
+    text = run(fleet, "status", url=valkey.url).stdout
+    assert "held em:config-change is not read: the backup queue is full" in text
+    assert "of 512.0 MiB" in text

@@ -18,6 +18,7 @@ import pytest
 from redis import Redis
 
 from backup_worker import dispatcher, due, queues
+from backup_worker.config.schedule import Limits
 from backup_worker.dispatcher import GROUP, STREAMS, Dispatcher
 from em_bridge import events, streams
 from em_bridge.connection import connect
@@ -438,3 +439,63 @@ def test_a_server_that_is_full_is_waited_out(valkey: ValkeyServer, client: Redis
         client.config_set("maxmemory", "0")
         until(lambda: unfinished(client) == 0 and sum(jobs(client).values()) == 10)
     exactly_one_each(client, expected)
+
+
+def test_a_stream_is_not_read_while_its_queue_is_full_and_nothing_is_lost(
+    valkey: ValkeyServer, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "BATCH", 10)
+    changes: list[events.Event] = [events.ConfigApproved(f"c{number}", "kari") for number in range(300)]
+    expected = publish(client, changes)
+    stop = threading.Event()
+    limits = Limits(queue_jobs=20)
+    both = [
+        Dispatcher(connect(valkey.url, retrying=False, socket_timeout_s=3.0), limits=lambda: limits)
+        for _ in range(2)
+    ]
+    threads = [threading.Thread(target=one.run, args=(stop,)) for one in both]
+    for thread in threads:
+        thread.start()
+    done: Counter[str] = Counter()
+    try:
+        until(lambda: client.llen("rq:queue:backup") > 20)
+        time.sleep(0.3)
+        assert client.llen("rq:queue:backup") <= 20 + 2 * 10
+        # What is not read is on the stream, nobody's, and shows as lag.
+        assert unfinished(client) == 300 - client.llen("rq:queue:backup")
+        assert client.xpending(streams.CONFIG_CHANGE, GROUP)["pending"] == 0
+        # Others go their way.
+        (death,) = publish(client, [events.AgentState("z", "DEAD")])
+        until(lambda: client.lrange("rq:queue:recovery", 0, -1) == [death.encode()], 2)
+        deadline = time.monotonic() + 20
+        while sum(done.values()) < 300:
+            popped: Any = client.lpop("rq:queue:backup")
+            done.update([popped.decode()] if popped else [])
+            assert client.llen("rq:queue:backup") <= 20 + 2 * 10
+            assert time.monotonic() < deadline
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert done == Counter(expected)
+    assert unfinished(client) == 0
+
+
+def test_a_dispatcher_whose_streams_are_all_held_sees_when_there_is_room_again(
+    valkey: ValkeyServer, client: Redis
+) -> None:
+    full = Limits(queue_jobs=1)
+    one = Dispatcher(connect(valkey.url, retrying=False), limits=lambda: full)
+    one.prepare()
+    for queue in queues.QUEUES:
+        client.sadd("rq:queues", f"rq:queue:{queue}")
+        client.rpush(f"rq:queue:{queue}", *range(20))
+    expected = publish(client, some_events(30))
+    began = time.monotonic()
+    assert one.step() == 0
+    assert 0.05 < time.monotonic() - began < 0.5, "it spins, or sleeps too long"
+    client.delete(*[f"rq:queue:{queue}" for queue in queues.QUEUES])
+    while one.step(block_ms=10):
+        client.delete(*[f"rq:queue:{queue}" for queue in queues.QUEUES])
+    assert unfinished(client) == 0
+    assert all(client.exists(f"rq:job:{job}") for job in expected)

@@ -15,7 +15,7 @@ NO_TESTS_COLLECTED = 5
 
 def main(wanted: list[str]) -> int:
     """Run `wanted` (default: all suites); return 0 only if every one passed and none was empty."""
-    # Started in the background by a shell, we would hand an ignored Ctrl-C on to every program that the tests interrupt.
+    # A shell that starts us in the background has us ignore Ctrl-C, and so would every program that we start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     here = Path(__file__).parent
     results: list[tuple[str, int, float]] = []

@@ -1,21 +1,23 @@
-"""Maintenance: deliver alerts, look for what is missing, prune, scrub, trim. Each task may run at any time, twice."""
+"""Maintenance: deliver alerts, look for what is missing, prune, scrub, drill, trim.
+
+Each task may run at any time, twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from backup_worker import alerts, backups, changes, due, schedule
+from backup_worker import alerts, backups, changes, due, schedule, space
+from backup_worker import drill as drills
+from backup_worker import scrub as scrubbing
 from backup_worker.recovery import keeping
 from backup_worker.runtime import Runtime
-from backup_worker.snapshots import verify_snapshot
+from backup_worker.snapshots import Head
 from em_bridge import streams
 from em_bridge.errors import NotFound
 
 LAG_ALERT_S = 60.0
-SCRUB_AT_ONCE = 50
-"""How many snapshots one run of the scrub reads at the most."""
-
 WATCHED_AT = "backup:watched-at"
 """Key: when `watch` last looked at everything, Unix seconds. If it gets old, the scheduler alerts."""
 
@@ -38,8 +40,9 @@ def deliver(runtime: Runtime, now: float) -> dict[str, Any]:
 
 
 def watch(runtime: Runtime, now: float) -> dict[str, Any]:
-    """Alert what is missing or stuck: overdue backups, dead letters, events that nobody takes."""
-    overdue = missing_backups(runtime, now)
+    """Alert what is missing or stuck: overdue backups and proofs, little space, dead letters, events nobody takes."""
+    heads = runtime.repository.snapshots()
+    overdue = missing_backups(runtime, now, heads)
     config = runtime.config
     for tier_name, tier in config.schedule.tiers.items():
         if tier.cron is None:
@@ -54,7 +57,14 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
                 runtime.alert(
                     key, "critical", title, f"slot {late.slot} was due and is not there", agent=agent
                 )
-    letters = _tell_of_dead_letters(runtime)
+    result = {
+        "overdue": [f"{tier}/{agent}" for tier, agent in overdue],
+        "unverified": scrubbing.tell_of_overdue(runtime, heads, now),
+        "undrilled": drills.tell_of_overdue(runtime, heads, now),
+        "free_bytes": space.tell(runtime, heads),
+        "dead_letters": _tell_of_dead_letters(runtime),
+    }
+    _forget_removed_agents(runtime)
     waiting_s = oldest_waiting(runtime, now)
     if waiting_s > LAG_ALERT_S:
         runtime.alert(
@@ -63,7 +73,18 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
     else:
         runtime.resolve("lag")
     runtime.redis.set(WATCHED_AT, now)
-    return {"overdue": [f"{tier}/{agent}" for tier, agent in overdue], "dead_letters": letters}
+    return result
+
+
+def _forget_removed_agents(runtime: Runtime) -> None:
+    """Close what the regular looks have opened about agents and tiers that are no longer configured."""
+    config = runtime.config
+    for alert in alerts.open_alerts(runtime.redis):
+        kind, *names = alert.key.split("/")
+        if kind in ("missing", "drill", "drill-overdue"):
+            known_tier = kind != "missing" or names[0] in config.schedule.tiers
+            if names[-1] not in config.agents or not known_tier:
+                runtime.resolve(alert.key)
 
 
 def _tell_of_dead_letters(runtime: Runtime) -> int:
@@ -80,7 +101,9 @@ def _tell_of_dead_letters(runtime: Runtime) -> int:
     return letters
 
 
-def missing_backups(runtime: Runtime, now: float) -> dict[tuple[str, str], schedule.Due]:
+def missing_backups(
+    runtime: Runtime, now: float, heads: Sequence[Head] | None = None
+) -> dict[tuple[str, str], schedule.Due]:
     """Return (tier, agent) -> the newest slot that should be filled for longer than the limit, and is not.
 
     A snapshot made by hand since the slot was due fills it too. A slot that was announced late (everything was down,
@@ -88,7 +111,7 @@ def missing_backups(runtime: Runtime, now: float) -> dict[tuple[str, str], sched
     """
     grace_s = runtime.config.schedule.limits.overdue_minutes * 60
     newest: dict[tuple[str, str], float] = {}
-    for head in runtime.repository.snapshots():
+    for head in runtime.repository.snapshots() if heads is None else heads:
         newest[head.tier, head.agent] = head.created_at
     due_by_now = schedule.due(runtime.config, (), now - grace_s)
     missing = [late for late in due_by_now if newest.get((late.tier, late.agent), 0.0) < late.fire_at]
@@ -134,23 +157,13 @@ def prune(runtime: Runtime, now: float) -> dict[str, Any]:
 
 
 def scrub(runtime: Runtime, now: float) -> dict[str, Any]:
-    """Read again the snapshots that were not proven for the longest time, within the configured number of days."""
-    limit_s = runtime.config.schedule.scrub.days * 86400
-    heads = runtime.repository.snapshots()
-    stale = [head for head in heads if now - (head.verified_at or head.created_at) > limit_s * 0.9]
-    stale.sort(key=lambda head: head.verified_at or head.created_at)
-    bad = []
-    for head in stale[:SCRUB_AT_ONCE]:
-        problems = verify_snapshot(runtime.repository, head.id, now)
-        runtime.record("verify", id=head.id, agent=head.agent, ok=not problems)
-        key = f"rot/{head.id}"
-        if problems:
-            bad.append(head.id)
-            body = "; ".join(f"{problem.path}: {problem.problem}" for problem in problems[:10])
-            runtime.alert(key, "critical", f"snapshot {head.id} is damaged", body, agent=head.agent)
-        else:
-            runtime.resolve(key)
-    return {"verified": len(stale[:SCRUB_AT_ONCE]), "bad": bad}
+    """Read again the snapshots that were not proven for the longest time: see `backup_worker.scrub`."""
+    return scrubbing.run(runtime, now, every_s=EVERY_S["scrub"])
+
+
+def drill(runtime: Runtime, now: float) -> dict[str, Any]:
+    """Rehearse the restores that were not rehearsed for the longest time: see `backup_worker.drill`."""
+    return drills.scheduled(runtime, now, every_s=EVERY_S["drill"])
 
 
 def trim(runtime: Runtime, now: float) -> dict[str, Any]:
@@ -165,7 +178,8 @@ TASKS: dict[str, Callable[[Runtime, float], dict[str, Any]]] = {
     "watch": watch,
     "prune": prune,
     "scrub": scrub,
+    "drill": drill,
     "trim": trim,
 }
-EVERY_S = {"deliver": 30.0, "watch": 60.0, "prune": 3600.0, "scrub": 3600.0, "trim": 3600.0}
+EVERY_S = {"deliver": 30.0, "watch": 60.0, "prune": 3600.0, "scrub": 600.0, "drill": 600.0, "trim": 3600.0}
 """How often the scheduler asks for each task."""

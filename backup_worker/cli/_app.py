@@ -12,6 +12,7 @@ GROUPS: tuple[str, ...] = (
     "setup",
     "services",
     "snapshots",
+    "drill",
     "recovery",
     "changes",
     "status",

@@ -1,0 +1,364 @@
+"""The rehearsal: restore an agent's newest good state for real, into a scratch folder, and check what came out.
+
+A drill succeeds only if the state was restored, every file is as the manifests say, the required ones are there, JSON,
+Python and databases are sound, and the agent's own health command, if it has one, exits 0 there in time. Whatever is in
+the way makes it fail, with the reason. It touches neither the agent nor its files, holds up no backup and no recovery
+of it, and leaves nothing behind: the scratch folder of a killed drill is removed by the next one.
+
+When a restore was last proven stands in the repository's own bookkeeping, where it is found without Redis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from backup_worker import rolling
+from backup_worker.config import Config
+from backup_worker.health_command import Health, run_health
+from backup_worker.runtime import Runtime
+from backup_worker.snapshots import (
+    AgentFiles,
+    Entry,
+    Head,
+    Limits,
+    NoSpace,
+    Problem,
+    Repository,
+    RestorePlan,
+    Scope,
+    disk,
+    execute,
+    plan_restore,
+)
+from backup_worker.snapshots.disk import Tree
+from backup_worker.snapshots.errors import from_os_error
+from backup_worker.snapshots.sanity import judge
+from backup_worker.snapshots.verify import unproven
+from em_bridge import clock
+from em_bridge.errors import AgentBackupError
+
+RUN_S = 60.0
+"""After how many seconds a scheduled run begins no further drill: other maintenance waits meanwhile."""
+
+NOTES = "drills"
+"""Folder in the repository's bookkeeping: what is known of each agent's drills."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drill:
+    """What a drill did. `sources`: the snapshots restored, newest first; `took_s` seconds."""
+
+    agent: str
+    at: float
+    sources: tuple[str, ...] = ()
+    files: int = 0
+    bytes: int = 0
+    took_s: float = 0.0
+    problems: tuple[Problem, ...] = ()
+    health: Health | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the restore is proven."""
+        return not self.problems
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `backup-worker drill --json` prints of one agent, and the record holds."""
+        return {
+            "agent": self.agent,
+            "ok": self.ok,
+            "from": list(self.sources),
+            "files": self.files,
+            "bytes": self.bytes,
+            "took_s": round(self.took_s, 3),
+            "problems": [problem.as_json() for problem in self.problems],
+            "health": self.health.as_json() if self.health else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What is known of an agent's drills: the last one, and the last that succeeded (Unix seconds)."""
+
+    tried_at: float
+    ok: bool
+    proven_at: float | None = None
+    proven_from: str | None = None
+
+
+# -- one drill ---------------------------------------------------------------------------------------------
+
+
+def run(runtime: Runtime, agent: str, now: float) -> Drill:
+    """Drill `agent`, write down the result, and open or close its alerts. Raises NotFound for an unknown agent."""
+    repo = runtime.repository
+    done, damaged = rehearse(runtime.config, repo, agent, now=now)
+    before = note_of(repo, agent)
+    proven = (now, done.sources[0]) if done.ok else (before.proven_at, before.proven_from) if before else ()
+    try:
+        _write_note(repo, agent, Note(now, done.ok, *proven))
+    except OSError as error:
+        why = from_os_error("writing down the result of the drill", error).message
+        done = replace(done, problems=(*done.problems, Problem(".", why)))
+    runtime.record("drill", **done.as_json())
+    key = f"drill/{agent}"
+    if done.ok:
+        runtime.resolve(key)
+        runtime.resolve(f"drill-overdue/{agent}")
+    else:
+        body = "; ".join(f"{one['path']}: {one['problem']}" for one in done.as_json()["problems"][:10])
+        runtime.alert(key, "critical", f"restoring {agent} does not work", body, agent=agent)
+    for identifier in damaged:
+        body = f"found by the drill of {agent}; `backup-worker verify {identifier}` names the files"
+        runtime.alert(f"rot/{identifier}", "critical", f"snapshot {identifier} is damaged", body, agent=agent)
+    return done
+
+
+def rehearse(config: Config, repo: Repository, name: str, *, now: float) -> tuple[Drill, list[str]]:
+    """Restore and check; return the drill, and the ids of snapshots that turned out to be damaged on the way.
+
+    Raises NotFound for an agent that is not configured, and nothing else: what goes wrong is in the result.
+    """
+    agent, health = config.files_of(name), config.agent(name).health
+    reserve_bytes = config.schedule.limits.reserve_bytes
+    started = clock.monotonic()
+    good = {head.id for head in repo.snapshots(name) if head.is_good}
+    done = Drill(agent=name, at=now)
+    problems: list[Problem] = []
+    try:
+        plan = plan_restore(repo, agent)
+        done = replace(done, sources=plan.sources, files=plan.files, bytes=plan.bytes)
+        with _scratch(config.schedule.state) as place:
+            _check_space(plan, place, reserve_bytes)
+            target = place / "root"
+            # A name of its own, for a lock of its own: a drill must hold up no backup and no recovery of the agent.
+            stand_in = replace(agent, name=f"drill-{name}"[:63])
+            execute(replace(plan, agent=stand_in), target, evidence=None, now=now)
+            problems += _examine(plan, agent, target)
+            if health is not None:
+                done = replace(done, health=run_health(health, target, name))
+                problems += _health_problem(done.health)
+    except AgentBackupError as error:
+        problems.append(Problem(".", error.message))
+    except OSError as error:
+        problems.append(Problem(".", from_os_error("the drill", error).message))
+    damaged = [head.id for head in repo.snapshots(name) if head.damaged and head.id in good]
+    # An older state could be restored instead, perhaps; but the newest is lost, and that must be seen.
+    problems += [Problem(".", f"snapshot “{identifier}” is damaged") for identifier in damaged]
+    return replace(done, problems=tuple(problems), took_s=clock.monotonic() - started), damaged
+
+
+def _check_space(plan: RestorePlan, place: Path, reserve_bytes: int) -> None:
+    free = shutil.disk_usage(place).free - reserve_bytes
+    if plan.bytes > free:
+        raise NoSpace(
+            f"the drill of “{plan.agent.name}” needs {plan.bytes} bytes below “{place.parent}”, "
+            f"and {max(free, 0)} are free"
+        )
+
+
+def _examine(plan: RestorePlan, agent: AgentFiles, target: Path) -> list[Problem]:
+    """Compare what came out with the manifests, and judge it as a snapshot is judged."""
+    wanted = {path: entry for path, entry in plan.by_path.items() if path != "."}
+    with Tree(target) as tree:
+        problems = list(_differences(tree, wanted))
+        problems += [
+            Problem(entry.path, "came back changed")
+            for entry in unproven(tree, wanted.values())
+            if tree.find(entry.path) is not None
+        ]
+        differing = {problem.path for problem in problems}
+        whole = {path: entry for path, entry in wanted.items() if path not in differing}
+        doubts = judge(agent, Scope(("**",)), tree, whole, None, Limits())
+    return problems + [doubt for doubt in doubts if doubt.path not in differing]
+
+
+def _differences(tree: Tree, wanted: Mapping[str, Entry]) -> Iterator[Problem]:
+    missing = dict(wanted)
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
+    for path, info in disk.walk(tree):
+        entry = missing.pop(path, None)
+        if entry is None:
+            yield Problem(path, "is in no snapshot")
+        elif kinds.get(stat.S_IFMT(info.st_mode)) != entry.kind:
+            yield Problem(path, f"is no {entry.kind}")
+        elif entry.kind == "link":
+            folder, name = tree.at(path)
+            if os.readlink(name, dir_fd=folder) != entry.target:
+                yield Problem(path, "points elsewhere")
+        elif stat.S_IMODE(info.st_mode) != entry.mode:
+            yield Problem(path, f"has the mode {stat.S_IMODE(info.st_mode):04o}, not {entry.mode:04o}")
+        elif entry.kind == "file" and info.st_mtime_ns != entry.mtime_ns:
+            yield Problem(path, "has another time of modification")
+    for path in missing:
+        yield Problem(path, "is missing")
+
+
+def _health_problem(health: Health | None) -> list[Problem]:
+    if health is None or health.ok:
+        return []
+    what = "did not end in time" if health.exit_code is None else f"exited with {health.exit_code}"
+    last = health.output.strip().rpartition("\n")[2]
+    return [Problem(".", f"the health command {what}" + (f": {last}" if last else ""))]
+
+
+# -- scratch folders ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _scratch(state: Path) -> Iterator[Path]:
+    """Yield a fresh private folder below `state`, removed in the end; removes first what killed drills left."""
+    folder = state / "drills"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    sweep(folder)
+    place = folder / uuid.uuid4().hex
+    # Made under another name and taken before it gets its own: no sweep can come in between.
+    making = folder / f".{place.name}"
+    making.mkdir(mode=0o700)
+    fd = os.open(making, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with disk.locked(fd):
+            try:
+                os.rename(making, place)
+                yield place
+            finally:
+                with Tree(folder) as tree:
+                    tree.remove(place.name)
+    finally:
+        os.close(fd)
+
+
+def sweep(folder: Path) -> int:
+    """Remove the scratch folders in `folder` whose drill is dead (the kernel knows); return how many."""
+    swept = 0
+    with Tree(folder) as tree:
+        for name in os.listdir(tree.fd):
+            try:
+                fd = os.open(
+                    name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=tree.fd
+                )
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            try:
+                with disk.locked(fd, wait=False) as free:
+                    if free and not (name.startswith(".") and _is_fresh(fd)):
+                        tree.remove(name)
+                        swept += 1
+            finally:
+                os.close(fd)
+    return swept
+
+
+def _is_fresh(fd: int) -> bool:
+    """Tell whether the folder may have been made this moment, by a drill that has not taken it yet."""
+    return clock.now() - os.fstat(fd).st_ctime < 60.0
+
+
+# -- bookkeeping -------------------------------------------------------------------------------------------
+
+
+def note_of(repo: Repository, agent: str) -> Note | None:
+    """Return what is known of the agent's drills; None if there was none, or its note is not readable."""
+    try:
+        return Note(**json.loads((repo.hidden / NOTES / f"{agent}.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        # Counts as never drilled, so that the next drill writes it anew.
+        return None
+
+
+def _write_note(repo: Repository, agent: str, note: Note) -> None:
+    if not repo.hidden.is_dir():
+        return  # there is no repository yet, and nothing was proven
+    (repo.hidden / NOTES).mkdir(exist_ok=True, mode=0o700)
+    with Tree(repo.hidden / NOTES) as tree:
+        disk.replace_file(tree, f"{agent}.json", json.dumps(asdict(note)).encode())
+
+
+# -- all agents --------------------------------------------------------------------------------------------
+
+
+def plan(config: Config, repo: Repository, heads: Sequence[Head], *, now: float, every_s: float) -> list[str]:
+    """Return the agents to drill in a run at `now`, if there is a run every `every_s` seconds.
+
+    `heads` are all snapshots, oldest first. Agents without any are left out: that they have none alerts elsewhere.
+    """
+    period_s = config.schedule.drill.days * 86400
+    first, newest = _first_and_newest(heads)
+    items = []
+    for agent in config.agents.keys() & first.keys():
+        note = note_of(repo, agent)
+        if note is None:
+            items.append(rolling.Item(agent, first[agent], period_s * rolling.SPREAD))
+        elif note.ok:
+            items.append(rolling.after_success(agent, note.tried_at, period_s))
+        else:
+            again = rolling.after_failure(agent, note.tried_at, period_s)
+            # A newer snapshot may be what mends it.
+            sooner = newest[agent] if newest[agent] > note.tried_at else again.due_at
+            items.append(replace(again, due_at=min(again.due_at, sooner)))
+    return rolling.choose(items, now=now, every_s=every_s)
+
+
+def scheduled(runtime: Runtime, now: float, *, every_s: float) -> dict[str, Any]:
+    """Drill the share of one run; return the agents that were `drilled`, and those that `failed`."""
+    started = clock.monotonic()
+    drilled, failed = [], []
+    heads = runtime.repository.snapshots()
+    for agent in plan(runtime.config, runtime.repository, heads, now=now, every_s=every_s):
+        if clock.monotonic() - started > RUN_S:
+            break
+        drilled.append(agent)
+        if not run(runtime, agent, now).ok:
+            failed.append(agent)
+    return {"drilled": drilled, "failed": failed}
+
+
+def overdue(config: Config, repo: Repository, heads: Sequence[Head], now: float) -> dict[str, float | None]:
+    """Return agent -> when a restore was last proven (None: never), of those where that is too long ago.
+
+    An agent that was never drilled has its time from its first snapshot.
+    """
+    limit_s = config.schedule.drill.days * 86400
+    first, _ = _first_and_newest(heads)
+    late: dict[str, float | None] = {}
+    for agent in config.agents:
+        if agent in first:
+            note = note_of(repo, agent)
+            proven_at = note.proven_at if note else None
+            if now - (first[agent] if proven_at is None else proven_at) > limit_s:
+                late[agent] = proven_at
+    return late
+
+
+def tell_of_overdue(runtime: Runtime, heads: Sequence[Head], now: float) -> list[str]:
+    """Open or close each agent's alert that its last proven restore is too old; return the agents."""
+    late = overdue(runtime.config, runtime.repository, heads, now)
+    days = runtime.config.schedule.drill.days
+    for agent in runtime.config.agents:
+        key = f"drill-overdue/{agent}"
+        if agent not in late:
+            runtime.resolve(key)
+            continue
+        proven_at = late[agent]
+        last = "never" if proven_at is None else f"{(now - proven_at) / 86400:.1f} days ago"
+        body = f"a restore was last proven {last}, and should be every {days:g} days"
+        runtime.alert(key, "warning", f"restoring {agent} was not proven in time", body, agent=agent)
+    return list(late)
+
+
+def _first_and_newest(heads: Sequence[Head]) -> tuple[dict[str, float], dict[str, float]]:
+    first: dict[str, float] = {}
+    newest: dict[str, float] = {}
+    for head in heads:
+        first.setdefault(head.agent, head.created_at)
+        newest[head.agent] = head.created_at
+    return first, newest

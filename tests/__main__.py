@@ -10,6 +10,9 @@ from pathlib import Path
 from em_bridge import clock
 
 SUITES = ("unit", "integration", "faults", "e2e")
+SIDE_BY_SIDE = {"integration": ("--numprocesses", "3", "--dist", "loadfile")}
+"""Suites that mostly wait, each test on a server of its own: several files of them run at once."""
+
 NO_TESTS_COLLECTED = 5
 
 
@@ -22,7 +25,8 @@ def main(wanted: list[str]) -> int:
     for suite in wanted or SUITES:
         print(f"\n── {suite} ──", flush=True)
         begun = clock.monotonic()
-        code = subprocess.run([sys.executable, "-m", "pytest", str(here / suite)], check=False).returncode
+        command = [sys.executable, "-m", "pytest", str(here / suite), *SIDE_BY_SIDE.get(suite, ())]
+        code = subprocess.run(command, check=False).returncode
         results.append((suite, code, clock.monotonic() - begun))
     print("\nsuite         result   seconds")
     for suite, code, seconds in results:

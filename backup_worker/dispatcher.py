@@ -97,10 +97,12 @@ def plan(stream: str, entry_id: str, event: events.Event) -> Job:
             args = {"entry": entry_id, "type": event.type, "change": event.change, "at": at}
             return Job(queues.BACKUP, "config_change", args, job_id, f"{event.type} {event.change}")
         case due.BackupDue(tier=tier, slot=slot, agent=agent):
-            args = {"tier": tier, "slot": slot, "agent": agent, "at": at}
-            job_id = f"{tier}_{slot}_{agent}"
-            if not _JOB_ID.fullmatch(job_id):
-                raise InvalidEvent(f"{event.type}: the tier or the slot of “{job_id[:80]}” cannot be one")
+            args = {"tier": tier, "slot": slot, "agent": agent, "at": at, "attempt": event.attempt}
+            name = f"{tier}_{slot}_{agent}"
+            if not _JOB_ID.fullmatch(name):
+                raise InvalidEvent(f"{event.type}: the tier or the slot of “{name[:80]}” cannot be one")
+            # A further try is another job: the first one's name is taken by a failed one.
+            job_id = job_id if event.attempt else name
             return Job(queues.BACKUP, "backup", args, job_id, f"{tier} backup of {agent}")
         case due.IncidentDue(incident=incident):
             return Job(queues.RECOVERY, "incident", {"incident": incident}, job_id, f"advance {incident}")

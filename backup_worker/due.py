@@ -18,7 +18,10 @@ STREAM: Final = "em:due"
 @register
 @dataclass(frozen=True, slots=True)
 class BackupDue(Event):
-    """A scheduled backup of `agent` in `tier`; `slot` names it, `fire_at` is when it was due (Unix seconds)."""
+    """A scheduled backup of `agent` in `tier`; `slot` names it, `fire_at` is when it was due (Unix seconds).
+
+    `attempt` counts the tries that failed for good before this one.
+    """
 
     type: ClassVar[str] = "backup.due"
     stream: ClassVar[str] = STREAM
@@ -26,6 +29,7 @@ class BackupDue(Event):
     slot: str = wire(check.label)
     agent: str = wire(check.agent_id)
     fire_at: float = wire(check.moment)
+    attempt: int = wire(check.count, default=0)
 
 
 @register

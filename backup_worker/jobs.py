@@ -14,7 +14,7 @@ from typing import Any
 from rq import get_current_job
 from rq.job import Job
 
-from backup_worker import backups, changes, maintain
+from backup_worker import backups, changes, maintain, slots
 from backup_worker.config import ConfigWatch
 from backup_worker.queues import ForeignJob
 from backup_worker.recovery.service import RecoveryService
@@ -44,7 +44,9 @@ def _runtime(job: Job | None = None) -> Runtime:
 def backup(args: dict[str, Any]) -> dict[str, Any]:
     """Make a scheduled snapshot: `tier`, `slot`, `agent`. The slot is made once."""
     runtime = _runtime()
-    snapshot = backups.scheduled(runtime, args["agent"], args["tier"], args["slot"], now=clock.now())
+    agent, tier, slot = args["agent"], args["tier"], args["slot"]
+    snapshot = backups.scheduled(runtime, agent, tier, slot, now=clock.now())
+    slots.made(runtime.redis, tier, slot, agent)
     return {"snapshot": snapshot.id, "status": snapshot.status}
 
 
@@ -83,7 +85,7 @@ def maintenance(args: dict[str, Any]) -> dict[str, Any]:
 def report_failure(job: Job, error: BaseException) -> None:
     """Put a job that failed for good on the record, and tell a human."""
     runtime = _runtime(job)
-    name, facts = "?", {}
+    name, facts, given = "?", {}, {}
     try:
         name = (job.func_name or "?").rpartition(".")[2]
         # Only what is text: anybody may have written this job.
@@ -94,8 +96,23 @@ def report_failure(job: Job, error: BaseException) -> None:
     agent, tier = facts.get("agent"), facts.get("tier")
     why = str(error) or type(error).__name__
     is_backup = name == "backup" and agent and tier
+    if is_backup:
+        why += _try_slot_again(runtime, given)
     kind = "backup-failed" if is_backup else "job-failed"
     runtime.record(kind, job=job.id, function=name, agent=agent, tier=tier, error=why)
     key = f"backup/{tier}/{agent}" if is_backup else f"job/{job.id}"
     title = f"{tier} backup of {agent} failed" if is_backup else f"job {job.id} failed"
     runtime.alert(key, "critical", title, why, agent=agent)
+
+
+def _try_slot_again(runtime: Runtime, given: dict[str, Any]) -> str:
+    """Have the slot of a failed backup tried again, if it is one of ours; return what to say about that."""
+    tier, slot, agent = (given.get(key) for key in ("tier", "slot", "agent"))
+    attempt = given.get("attempt", 0)
+    known = agent in runtime.config.agents and tier in runtime.config.schedule.tiers
+    if not known or not isinstance(slot, str) or type(attempt) is not int or attempt < 0:
+        return ""
+    pause_s = slots.failed(runtime.redis, str(tier), slot, str(agent), attempt=attempt, now=clock.now())
+    if pause_s is None:
+        return "; it is not tried again before its next slot"
+    return f"; it is tried again in {pause_s / 60:.0f} minutes"

@@ -21,7 +21,7 @@ import redis.exceptions
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from backup_worker import jobs, maintain, queues, retries, schedule
+from backup_worker import jobs, maintain, queues, retries, schedule, slots
 from backup_worker.config import Config, ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.due import BackupDue, MaintenanceDue
@@ -186,6 +186,9 @@ class Scheduler:
             once = maintain.slot_announcement(late)
             streams.append_once(self.client, event, once=once, ttl_s=SLOT_TTL_S)
             self._announced.add((late.tier, late.slot, late.agent))
+        if slots.waiting(self.client):
+            newest = schedule.due(self.watch.current, (), now)
+            slots.announce(self.client, newest, now, ttl_s=SLOT_TTL_S)
         for task, every_s in maintain.EVERY_S.items():
             once = f"maintenance/{task}/{int(now // every_s)}"
             streams.append_once(self.client, MaintenanceDue(task), once=once, ttl_s=every_s * 2)

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgpack
 import psutil
 import pytest
 import redis
 from redis import Redis
 
-from backup_worker import alerts, due, jobs, maintain, queues
+from backup_worker import alerts, due, jobs, maintain, queues, slots
 from backup_worker.config import ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.embedded import url_file
@@ -252,6 +253,60 @@ def test_a_backup_that_cannot_be_made_is_told_and_is_resolved_by_the_next_good_o
     streams.append(house.client, due.BackupDue("daily", "later", "z", 0.0))
     house.work()
     assert house.alerts == {}
+
+
+def let_the_pauses_end(client: Redis) -> None:
+    for name, note in slots.waiting(client).items():
+        client.hset(slots.FAILED, name, msgpack.packb(note | {"again_at": 0.0}))
+
+
+def test_a_slot_that_failed_is_tried_again_until_it_is_made_and_is_made_once(
+    house: House, fleet: SmallFleet
+) -> None:
+    root = fleet.root("z")
+    root.rename(root.with_name("away"))
+    schedulers = [house.scheduler() for _ in range(2)]
+
+    def go_on() -> None:
+        for one in schedulers:
+            one.step()
+        house.work()
+
+    go_on()
+    slot = fleet.snapshots[0].split("/")[1]
+    assert fleet.snapshots == [f"daily/{slot}/jay"]
+    go_on()  # too early
+    (line,) = fleet.history("backup-failed")
+    assert "tried again in 5 minutes" in line["error"]
+    let_the_pauses_end(house.client)
+    go_on()
+    go_on()  # too early for the next
+    assert len(fleet.history("backup-failed")) == 2
+    assert house.alerts == {"backup/daily/z": "critical"}
+    root.with_name("away").rename(root)
+    let_the_pauses_end(house.client)
+    go_on()
+    go_on()
+    assert sorted(fleet.snapshots) == [f"daily/{slot}/jay", f"daily/{slot}/z"]
+    assert house.alerts == {}
+    assert slots.waiting(house.client) == {}
+    assert house.announced.count(f"daily/{slot}/z") == 3
+
+
+def test_a_slot_that_never_succeeds_is_given_up_until_the_next(
+    house: House, fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "PAUSES_S", slots.PAUSES_S[:2])
+    fleet.root("z").rename(fleet.root("z").with_name("away"))
+    scheduler = house.scheduler()
+    for _ in range(5):
+        scheduler.step()
+        house.work()
+        let_the_pauses_end(house.client)
+    lines = fleet.history("backup-failed")
+    assert len(lines) == 3
+    assert "not tried again before its next slot" in lines[-1]["error"]
+    assert slots.waiting(house.client) == {}
 
 
 def test_that_nothing_is_watched_any_more_is_told_by_the_scheduler_itself(

@@ -40,6 +40,7 @@ AT = 1795441803.123
         (events.ConfigApproved("c1", "kari"), "backup", f"config-change_{ENTRY}", "config_change"),
         (events.ConfigRejected("c1", "kari"), "backup", f"config-change_{ENTRY}", "config_change"),
         (BackupDue("daily", "2026-11-23", "z", AT), "backup", "daily_2026-11-23_z", "backup"),
+        (BackupDue("daily", "2026-11-23", "z", AT, attempt=2), "backup", f"due_{ENTRY}", "backup"),
         (IncidentDue("i-1"), "recovery", f"due_{ENTRY}", "incident"),
         (MaintenanceDue("watch"), "maintenance", f"due_{ENTRY}", "maintenance"),
     ],

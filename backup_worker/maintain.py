@@ -12,6 +12,7 @@ from backup_worker import alerts, backups, changes, due, schedule, space
 from backup_worker import drill as drills
 from backup_worker import scrub as scrubbing
 from backup_worker.recovery import keeping
+from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Head
 from em_bridge import streams
@@ -65,6 +66,8 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
         "dead_letters": _tell_of_dead_letters(runtime),
     }
     _forget_removed_agents(runtime)
+    # While nobody dies, nobody else looks whether a pause is over.
+    RecoveryService(runtime).end_pause_in_time()
     waiting_s = oldest_waiting(runtime, now)
     if waiting_s > LAG_ALERT_S:
         runtime.alert(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import NoPermissionError
 
 from backup_worker import alerts, backpressure, drill, maintain, schedule, scrub
+from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Head
@@ -66,12 +67,14 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
         "lag_s": None,
         "memory": None,
         "dead_letters": None,
+        "recovery_paused": None,
         "incidents": None,
         "alerts": None,
     }
     if runtime.client is not None:
         result |= _live(runtime, now)
-    result["ok"] = result["redis"] and not is_late(result) and not result["scrub"]["damaged"]
+    still = result["redis"] and result["recovery_paused"] is None
+    result["ok"] = still and not is_late(result) and not result["scrub"]["damaged"]
     return result
 
 
@@ -110,7 +113,9 @@ def _live(runtime: Runtime, now: float) -> dict[str, Any]:
     client = runtime.redis
     store = IncidentStore(client)
     waiting = backpressure.lengths(client)
+    pause = breakers.paused(client, now)
     return {
+        "recovery_paused": pause.as_json() if pause is not None else None,
         "queues": waiting,
         "held": backpressure.held(waiting, runtime.config.schedule.limits.queue_jobs),
         "lag_s": maintain.oldest_waiting(runtime, now),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 from em_bridge.errors import RedisUnavailable
@@ -106,6 +106,16 @@ def moment(at: float | None, zone: str) -> str:
     if at is None:
         return "—"
     return datetime.fromtimestamp(at, ZoneInfo(zone)).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def described_pause(pause: dict[str, Any], zone: str) -> str:
+    """Return since when, by whom, why and until when recovery is paused."""
+    until = f"until {moment(pause['until'], zone)}, or " if pause["until"] is not None else "until "
+    return (
+        f"paused since {moment(pause['since'], zone)} by {pause['by']}"
+        + (f" ({pause['reason']})" if pause["reason"] else "")
+        + f", {until}`backup-worker resume-recovery`"
+    )
 
 
 def age(seconds: float) -> str:

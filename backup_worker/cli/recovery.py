@@ -1,18 +1,21 @@
-"""Commands about recoveries: recover, incidents."""
+"""Commands about recoveries: recover, incidents, pause-recovery, resume-recovery."""
 
 from __future__ import annotations
 
+import getpass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from em_bridge import clock
-from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
+from em_bridge.errors import NotFound, UsageError
+from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit, fail
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from backup_worker.recovery.incident import Incident, IncidentStore
+    from backup_worker.recovery.service import RecoveryService
 
 COLOURS = {"open": "yellow", "recovered": "green", "escalated": "red"}
 POLL_S = 0.2
@@ -24,6 +27,8 @@ def add_commands(app: typer.Typer) -> None:
     """Add this group's commands to `app`."""
     app.command()(recover)
     app.command()(incidents)
+    app.command(name="pause-recovery")(pause_recovery)
+    app.command(name="resume-recovery")(resume_recovery)
 
 
 def recover(
@@ -53,6 +58,7 @@ def recover(
     service = RecoveryService(runtime)
     with translate_errors(runtime.redis):
         opened = [service.open(agent, reason) for agent in names]
+        _say_if_paused(service, zone)
         if wait:
             opened = _follow(service.store, [one.id for one in opened], zone, quiet=as_json)
     emit(
@@ -89,6 +95,15 @@ def _follow(store: IncidentStore, ids: list[str], zone: str, *, quiet: bool) -> 
         clock.sleep(POLL_S)
 
 
+def _say_if_paused(service: RecoveryService, zone: str) -> None:
+    from backup_worker.cli._common import described_pause
+    from backup_worker.recovery.breakers import paused
+
+    pause = paused(service.runtime.redis, clock.now())
+    if pause is not None:
+        fail("recovery is paused: this waits", hint=described_pause(pause.as_json(), zone))
+
+
 def _print_opened(opened: list[dict[str, Any]]) -> None:
     for incident in opened:
         typer.echo(f"{incident['agent']}: incident {incident['id']} is open; follow it with")
@@ -116,6 +131,74 @@ def incidents(
     zone = runtime.config.schedule.timezone
     summaries = [one.summary() for one in found]
     emit(summaries, as_json=as_json, render=lambda rows: _print(rows, zone, with_steps=incident is not None))
+
+
+ByOption = Annotated[
+    str | None,
+    typer.Option("--by", metavar="WHO", help="Who says so; default: the user you are logged in as."),
+]
+
+
+def pause_recovery(
+    config: ConfigOption = DEFAULT_CONFIG,
+    redis_url: RedisUrlOption = None,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the record and the alert.")] = "",
+    until: Annotated[
+        str | None,
+        typer.Option(
+            "--until",
+            metavar="TIME",
+            help="Go on by itself then: 2026-11-23T18:00 (the schedule's zone), a day (its end), or Unix seconds.",
+        ),
+    ] = None,
+    by: ByOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold all recoveries that have not begun to act; those that are opened meanwhile wait. It alerts while it lasts.
+
+    Example: `backup-worker pause-recovery --reason "moving the disks" --until 2026-11-23T18:00`
+    """
+    from backup_worker.cli._common import described_pause, open_runtime
+    from backup_worker.cli._restore import parse_time
+    from backup_worker.recovery.service import RecoveryService
+
+    runtime = open_runtime(config, redis_url)
+    zone = runtime.config.schedule.timezone
+    end = parse_time(until, zone) if until is not None else None
+    if end is not None and end <= clock.now():
+        raise UsageError(f"“{until}” is over already", hint="name a time that is to come")
+    pause = RecoveryService(runtime).pause(by or getpass.getuser(), reason, until=end)
+    emit(
+        {"paused": True, **pause.as_json()},
+        as_json=as_json,
+        render=lambda facts: typer.echo("recovery is " + described_pause(facts, zone)),
+    )
+
+
+def resume_recovery(
+    config: ConfigOption = DEFAULT_CONFIG,
+    redis_url: RedisUrlOption = None,
+    by: ByOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let recovery go on, with what has waited; exit 4 if it is not paused.
+
+    Example: `backup-worker resume-recovery`
+    """
+    from backup_worker.cli._common import open_runtime
+    from backup_worker.recovery.service import RecoveryService
+
+    runtime = open_runtime(config, redis_url)
+    service = RecoveryService(runtime)
+    ended = service.resume(by or getpass.getuser())
+    if ended is None:
+        raise NotFound("recovery is not paused")
+    waited = sorted(service.store.open_ids())
+    emit(
+        {"paused": False, **ended.as_json(), "waiting": waited},
+        as_json=as_json,
+        render=lambda _: typer.echo(f"recovery goes on; open recoveries: {', '.join(waited) or 'none'}"),
+    )
 
 
 def _print(rows: list[dict[str, Any]], zone: str, *, with_steps: bool) -> None:

@@ -40,7 +40,7 @@ def status(
 
 
 def _print(facts: dict[str, Any], zone: str) -> None:
-    from backup_worker.cli._common import age, coloured, moment, new_table, show, size
+    from backup_worker.cli._common import age, coloured, described_pause, moment, new_table, show, size
 
     tiers = list(facts["next_runs"])
     table = new_table("newest good snapshot", "agent", *tiers, "restore proven")
@@ -70,6 +70,9 @@ def _print(facts: dict[str, Any], zone: str) -> None:
         show(
             coloured("held", "yellow").append(f" {stream} is not read: the {queue} queue is full", "default")
         )
+    if facts["recovery_paused"] is not None:
+        text = " " + described_pause(facts["recovery_paused"], zone)
+        show(coloured("RECOVERY IS PAUSED: dead agents stay dead,", "bold red").append(text, "default"))
     for incident in facts["incidents"]:
         text = f" {incident['id']} in {incident['phase']}: {incident['reason']}"
         show(coloured("open incident", "yellow").append(text, "default"))

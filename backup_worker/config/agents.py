@@ -116,6 +116,22 @@ class Recovery(Model):
         examples=[10],
         ge=0,
     )
+    max_recoveries: int = Field(
+        5,
+        title="number of recoveries",
+        description="An agent that was recovered this often within max_recoveries_within and dies again is given to a "
+        "human instead.",
+        examples=[5],
+        ge=1,
+    )
+    max_recoveries_within: float = Field(
+        3600,
+        title="number of seconds",
+        description="The period in which recoveries are counted, at most a week.",
+        examples=[3600],
+        gt=0,
+        le=604800,
+    )
 
 
 class Heartbeat(Model):

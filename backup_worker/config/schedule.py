@@ -114,6 +114,22 @@ class Limits(Model):
     evidence_days: float = Field(
         90, title="number of days", description="How long evidence is kept.", examples=[90], gt=0
     )
+    fleet_recoveries: int | None = Field(
+        None,
+        title="number of recoveries",
+        description="So many recoveries of the whole fleet within fleet_recoveries_minutes pause all further ones "
+        "until `backup-worker resume-recovery`; default: 10, or two for every agent if that is more.",
+        examples=[10],
+        ge=1,
+    )
+    fleet_recoveries_minutes: float = Field(
+        60,
+        title="number of minutes",
+        description="The period in which recoveries of the fleet are counted, at most a week.",
+        examples=[60],
+        gt=0,
+        le=10080,
+    )
     log_days: float = Field(
         7,
         title="number of days",

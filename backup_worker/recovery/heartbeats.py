@@ -47,6 +47,12 @@ class Beats:
         """Return the incarnations of `agent` that beat, in no particular order."""
         return tuple({incarnation for _, incarnation in self.by_agent.get(agent.lower(), ())})
 
+    def is_steady(self, agent: str, mark: str, count: int, since: float) -> bool:
+        """Tell whether `agent` beat `count` times in a row behind `mark`, the last time not before `since`."""
+        beats = self.by_agent.get(agent.lower(), ())
+        fresh = any(streams.entry_time(entry_id) >= since for entry_id, _ in beats)
+        return fresh and self.streak(agent, mark, ())[1] >= count
+
     def streak(self, agent: str, mark: str, old: Collection[str]) -> tuple[str, int]:
         """Return the incarnation that beat last behind `mark`, and how many beats in a row were its own.
 
@@ -63,6 +69,12 @@ class Beats:
             else:
                 incarnation, count = sender, 1
         return incarnation, count
+
+
+def survivors(client: Redis, agent: str, mark: str, window_s: float) -> set[str]:
+    """Return the incarnations of `agent` that beat since `window_s` before the entry `mark`."""
+    since = max(0.0, streams.entry_time(mark) - window_s)
+    return set(read(client, Beats(cursor=streams.id_at(since))).incarnations(agent))
 
 
 def read(client: Redis, beats: Beats) -> Beats:

@@ -1,7 +1,7 @@
 """One agent's recovery, as data: the phases, what may follow what, and where it is kept.
 
     phase          what is done in it                                   next, if it worked   if it failed
-    fence          end the old process, prove it gone                   select               escalate
+    fence          unless paused: end the old process, prove it gone    select               escalate (breaker too)
     select         find the newest state that can be trusted            restore, or depend   escalate
     restore        keep evidence, stage, verify, swap                   depend               select (no space: escalate)
     depend         wait until what the agent needs is verified          start                escalate (deadline)
@@ -133,6 +133,8 @@ class Incident:
     old_incarnations: tuple[str, ...] = ()
     end_mark: str = ""
     """Entry id in the heartbeat stream at the closing: a beat behind it proves life after an escalation."""
+    by_hand: bool = False
+    """Opened by a human, whom no breaker stops."""
     unwell: str = ""
     """What the agent's `health` command said last, if it beats but is not well: its beats alone wake nobody then."""
     resumes: int = 0
@@ -202,13 +204,15 @@ class IncidentStore:
         return self._scripts[script](keys=keys, args=args)
 
     def open(
-        self, agent: str, *, token: str, now: float, reason: str, beat_mark: str
+        self, agent: str, *, token: str, now: float, reason: str, beat_mark: str, by_hand: bool = False
     ) -> tuple[Incident, bool]:
         """Return the open incident of `agent` and whether it is new; `token` makes a new one's id unique.
 
         The caller wakes a new one; if it does not live to do so, the incident is looked at after `AGAIN_AFTER_S`.
         """
-        incident = Incident(f"{agent}-{token}", agent, now, reason=reason, beat_mark=beat_mark)
+        incident = Incident(
+            f"{agent}-{token}", agent, now, reason=reason, beat_mark=beat_mark, by_hand=by_hand
+        )
         keys = [_OPEN, _INCIDENT + incident.id, _ALL, DEADLINES, _LATEST]
         args = [agent, incident.id, _pack(incident), now, now + AGAIN_AFTER_S, _INCIDENT]
         opened = self.get(_text(self._run(_OPEN_SCRIPT, keys, args)))
@@ -251,6 +255,12 @@ class IncidentStore:
         names = list(agents)
         found = self.client.hmget(_LATEST, names) if names else []
         return {one.agent: one for one in self._read(found)}
+
+    def wake(self, phase: str, now: float) -> None:
+        """Have the open incidents in `phase` looked at now."""
+        for incident in self.open_incidents():
+            if incident.phase == phase:
+                self.client.zadd(DEADLINES, {incident.id: now}, xx=True, lt=True)
 
     def _read(self, incident_ids: Iterable[Any]) -> list[Incident]:
         with self.client.pipeline(transaction=False) as pipeline:

@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backup_worker.recovery import heartbeats
+from backup_worker.recovery import breakers, heartbeats
 from backup_worker.recovery.adapters import Adapter, adapter_for
 from backup_worker.recovery.checkup import Checkup, examine
 from backup_worker.recovery.incident import (
     AGAIN_AFTER_S,
     CURRENT,
-    DEADLINES,
     DEPEND,
     ESCALATED,
     FENCE,
@@ -51,6 +50,12 @@ if TYPE_CHECKING:
 HEALTH = "health"
 """The step of an examination that an agent did not pass."""
 
+HELD = "paused"
+"""The step of an incident that waits because recovery is paused."""
+
+HELD_LOOK_S = 10.0
+"""A resume wakes what was held; this is for one that is lost."""
+
 OPENED = "open"
 """The first step of every incident."""
 
@@ -71,7 +76,10 @@ class Escalation:
 
 @dataclass(slots=True)
 class Recovery:
-    """The executor. `record` is told of every step and of the end; `escalate` writes the evidence and pages."""
+    """The executor. `record` is told of every step and of the end; `escalate` writes the evidence and pages.
+
+    `trip` pauses recovery, for the reason that it is given.
+    """
 
     client: Redis
     config: Config
@@ -79,6 +87,7 @@ class Recovery:
     redis_url: str
     record: Callable[[Incident, str, bool, str], None]
     escalate: Callable[[Incident, Escalation], Incident]
+    trip: Callable[[str], breakers.Pause]
 
     def now(self) -> float:
         """Return the server's clock in Unix seconds: the hosts' own need not agree."""
@@ -147,7 +156,37 @@ class Recovery:
             return self._retry(failed, detail, FENCE)
         return self._give_up(failed, detail)
 
-    def _fence(self, incident: Incident, agent: AgentConfig) -> Incident:
+    def _fence(self, incident: Incident, agent: AgentConfig) -> Incident | None:
+        pause = breakers.paused(self.client, self.now())
+        if pause is None and not (incident.by_hand or incident.attempts):
+            tripped = breakers.agent_tripped(self.client, self.config, incident.agent, self.now())
+            if tripped is not None:
+                return self._give_up(self._noted(incident, breakers.BREAKER, False, tripped), tripped)
+            tripped = breakers.fleet_tripped(self.client, self.config, self.now())
+            pause = self.trip(tripped) if tripped is not None else None
+        if pause is not None:
+            return self._hold(incident, pause)
+        if _was_held(incident) and self._came_back(incident, agent):
+            detail = "it came back while recovery was paused, and beats; nothing was changed"
+            return self._closed(self._noted(incident, FENCE, True, detail), RECOVERED, detail)
+        return self._fence_now(incident, agent)
+
+    def _hold(self, incident: Incident, pause: breakers.Pause) -> Incident | None:
+        now = self.now()
+        if not _was_held(incident):
+            detail = f"recovery is paused by {pause.by}: {pause.reason or 'no reason given'}"
+            incident = self._noted(incident, HELD, True, detail)
+        return self._sleep(incident, min(now + HELD_LOOK_S, pause.until or now + HELD_LOOK_S))
+
+    def _came_back(self, incident: Incident, agent: AgentConfig) -> bool:
+        """Tell whether the agent lives after all: a human has started it meanwhile, and must not lose what it did."""
+        if incident.by_hand or incident.attempts:
+            return False
+        beats, since = self._beats(incident.beat_mark), self.now() - agent.heartbeat.dead_after
+        steady = beats.is_steady(incident.agent, incident.beat_mark, agent.heartbeat.stable_beats, since)
+        return steady and bool(self.adapter_of(incident.agent).running())
+
+    def _fence_now(self, incident: Incident, agent: AgentConfig) -> Incident:
         ended = self.adapter_of(incident.agent).stop(term_grace_s=agent.recovery.stop_within)
         detail = "ended " + ", ".join(map(str, ended)) if ended else "no process was left"
         return self._enter(self._noted(incident, FENCE, True, detail), SELECT)
@@ -225,7 +264,9 @@ class Recovery:
         # A worker that was killed right here may have started it already: that one would be a second incarnation.
         adapter.stop(term_grace_s=agent.recovery.stop_within)
         mark = self._last_beat()
-        old = self._survivors(incident, mark)
+        # None of those that have beaten of late is the process that is started next.
+        recent = heartbeats.survivors(self.client, incident.agent, mark, SURVIVOR_WINDOW_S)
+        old = tuple(sorted({*incident.old_incarnations, *recent}))
         incident = self._keep(replace(incident, start_mark=mark, old_incarnations=old))
         pid = adapter.start(redis_url=self.redis_url)
         detail = f"pid {pid}: {adapter.describe()}" if pid else adapter.describe()
@@ -313,15 +354,11 @@ class Recovery:
     def _closed(self, incident: Incident, state: str, detail: str) -> Incident:
         closed = incident.closed(state, self.now(), self._last_beat())
         self.record(closed, state, state == RECOVERED, detail)
+        if state == RECOVERED and closed.attempts:
+            breakers.count(self.client, closed)
         closed = self.store.save(closed, wake_at=None)
-        self._wake_dependents()
+        self.store.wake(DEPEND, self.now())
         return closed
-
-    def _wake_dependents(self) -> None:
-        now = self.now()
-        for incident in self.store.open_incidents():
-            if incident.phase == DEPEND:
-                self.client.zadd(DEADLINES, {incident.id: now}, xx=True, lt=True)
 
     # ── small things ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -355,15 +392,13 @@ class Recovery:
     def _beats(self, mark: str) -> heartbeats.Beats:
         return heartbeats.read(self.client, heartbeats.Beats(cursor=mark))
 
-    def _survivors(self, incident: Incident, mark: str) -> tuple[str, ...]:
-        """Return the incarnations that have beaten of late: none of them is the process that is started next."""
-        since = max(0.0, streams.entry_time(mark) - SURVIVOR_WINDOW_S)
-        recent = self._beats(streams.id_at(since))
-        return tuple(sorted({*incident.old_incarnations, *recent.incarnations(incident.agent)}))
-
     def _last_words(self, agent: str) -> str:
         lines = self.adapter_of(agent).log_lines(3)
         return " / ".join(lines) if lines else "it wrote nothing"
+
+
+def _was_held(incident: Incident) -> bool:
+    return bool(incident.steps) and incident.steps[-1].step == HELD
 
 
 def _escalated_since(incident: Incident, since: float) -> bool:

@@ -7,9 +7,11 @@ import secrets
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from backup_worker.alerts import Severity
 from backup_worker.due import IncidentDue
-from backup_worker.recovery import evidence, heartbeats
-from backup_worker.recovery.incident import RECOVERED, Incident, IncidentStore
+from backup_worker.recovery import breakers, evidence, heartbeats
+from backup_worker.recovery.breakers import Pause
+from backup_worker.recovery.incident import FENCE, RECOVERED, Incident, IncidentStore
 from backup_worker.recovery.machine import OPENED, Escalation, Recovery
 from backup_worker.recovery.states import States
 from backup_worker.runtime import Runtime
@@ -19,6 +21,7 @@ from em_bridge.events import DEAD
 
 log = logging.getLogger(__name__)
 
+PAUSED_ALERT = "recovery-paused"
 BEATS_IN_REPORT = 20
 BEATS_WINDOW_S = 3600.0
 
@@ -58,29 +61,63 @@ class RecoveryService:
 
         Raises NotFound for an unknown agent.
         """
-        incident, is_new = self._open(agent, reason)
+        incident, is_new = self._open(agent, reason, by_hand=True)
         if is_new:
             streams.append_once(
                 self.runtime.redis, IncidentDue(incident.id), once=f"incident/{incident.id}/opened"
             )
         return incident
 
-    def _open(self, agent: str, reason: str) -> tuple[Incident, bool]:
+    def _open(self, agent: str, reason: str, *, by_hand: bool = False) -> tuple[Incident, bool]:
         self.runtime.config.agent(agent)
         now = streams.server_time(self.runtime.redis)
         token = f"{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
         mark = streams.last_id(self.runtime.redis, streams.HEARTBEATS)
-        return self.store.open(agent, token=token, now=now, reason=reason, beat_mark=mark)
+        return self.store.open(agent, token=token, now=now, reason=reason, beat_mark=mark, by_hand=by_hand)
 
     def advance(self, incident_id: str) -> Incident:
         """Advance an incident as far as it goes now; raises NotFound."""
+        self.end_pause_in_time()
         return self._machine().advance(incident_id)
+
+    def pause(self, by: str, reason: str, *, until: float | None = None) -> Pause:
+        """Hold every recovery that has not begun to act, until `until` (Unix seconds) or a resume; say so loudly."""
+        now = streams.server_time(self.runtime.redis)
+        pause = breakers.pause(self.runtime.redis, Pause(now, by, reason, until))
+        self.runtime.record("recovery-paused", by=by, reason=reason, until=until)
+        why = f"by {by}: {reason or 'no reason given'}"
+        body = f"{why}. Dead agents stay dead. Go on with `backup-worker resume-recovery`"
+        severity: Severity = "critical" if by == breakers.BREAKER else "warning"
+        self.runtime.alert(PAUSED_ALERT, severity, "recovery is paused", body)
+        return pause
+
+    def resume(self, by: str) -> Pause | None:
+        """Let recovery go on, what was held first; return the pause that is over, None if there was none."""
+        now = streams.server_time(self.runtime.redis)
+        ended = breakers.resume(self.runtime.redis, now)
+        # Also without a pause: whoever ended it may have died before this.
+        self.store.wake(FENCE, now)
+        self.runtime.resolve(PAUSED_ALERT)
+        if ended is not None:
+            self.runtime.record("recovery-resumed", by=by, since=ended.since, reason=ended.reason)
+        return ended
+
+    def end_pause_in_time(self) -> None:
+        """Resume if the time of the pause is over."""
+        known = breakers.stored(self.runtime.redis)
+        if known is not None and known.until is not None:
+            now = streams.server_time(self.runtime.redis)
+            if breakers.paused(self.runtime.redis, now) is None:
+                self.resume("its time was over")
+
+    def _trip(self, reason: str) -> Pause:
+        return self.pause(breakers.BREAKER, reason)
 
     def _machine(self) -> Recovery:
         runtime = self.runtime
         states = States(runtime.config, runtime.repository)
         return Recovery(
-            runtime.redis, runtime.config, states, runtime.redis_url, self._record, self._escalate
+            runtime.redis, runtime.config, states, runtime.redis_url, self._record, self._escalate, self._trip
         )
 
     def _record(self, incident: Incident, step: str, ok: bool, detail: str) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from backup_worker import changes
 from backup_worker.config import Tier
 from backup_worker.runtime import Runtime
 from backup_worker.schedule import slot_name
-from backup_worker.snapshots import Limits, Manifest, Policy, plan_prune, prune, take_snapshot
+from backup_worker.snapshots import Manifest, plan_prune, prune, take_snapshot
 from em_bridge import events, streams
 
-DAYS_OF_EVENT_TIERS = 7
-"""A burst of changes must not push out the last snapshot of each of so many earlier days."""
+TOLD_AT_ONCE = 20
+"""How many agents one message names."""
 
 
 def scheduled(runtime: Runtime, agent: str, tier_name: str, slot: str, *, now: float) -> Manifest:
@@ -105,7 +106,6 @@ def _make(
     approved: bool | None = None,
     approved_by: str | None = None,
 ) -> Manifest:
-    limits = runtime.config.schedule.limits
     snapshot = take_snapshot(
         runtime.repository,
         runtime.config.files_of(agent),
@@ -119,7 +119,7 @@ def _make(
         approved=approved,
         approved_by=approved_by,
         on_taken=on_taken,
-        limits=Limits(shrink=limits.shrink, reserve_bytes=limits.reserve_bytes),
+        limits=runtime.config.snapshot_limits(),
     )
     _record(runtime, snapshot)
     keep_within(runtime, agent, tier_name, now)
@@ -140,16 +140,42 @@ def _record(runtime: Runtime, snapshot: Manifest) -> None:
         why = "; ".join(f"{problem.path}: {problem.problem}" for problem in snapshot.problems[:10])
         title = f"{snapshot.tier} backup of {snapshot.agent} is {snapshot.status}"
         runtime.alert(key, "critical", title, f"{snapshot.id}: {why}", agent=snapshot.agent)
+    key = f"backup-warning/{snapshot.tier}/{snapshot.agent}"
+    if snapshot.warnings:
+        # Such as damage found, and healed, in what it shares with the snapshot before it.
+        title = f"{snapshot.tier} backup of {snapshot.agent} came upon damage"
+        body = f"{snapshot.id}: {'; '.join(snapshot.warnings[:10])}"
+        runtime.alert(key, "warning", title, body, agent=snapshot.agent)
+    else:
+        runtime.resolve(key)
+
+
+def tell_of_made_by_hand(
+    runtime: Runtime, tier: str, made: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]
+) -> None:
+    """Tell people, in one message, what went wrong in a round of backups that a command made.
+
+    Each of `made` has `id`, `agent`, `status`, `problems` and `warnings`, each of `failed` has `agent` and `error`.
+    """
+    lines = [f"{one['agent']}: failed: {one['error']}" for one in failed]
+    unsound = [one for one in made if one["status"] != "good"]
+    for one in unsound:
+        why = "; ".join(f"{problem['path']}: {problem['problem']}" for problem in one["problems"][:10])
+        lines.append(f"{one['agent']}: {one['id']} is {one['status']}: {why}")
+    lines += [f"{one['agent']}: {one['id']}: {warning}" for one in made for warning in one["warnings"]]
+    if not lines:
+        return
+    wrong = len(failed) + len(unsound)
+    title = f"{wrong} of {len(made) + len(failed)} {tier} backups failed or are not good"
+    if not wrong:
+        title = f"{tier} backups came upon damage"
+    shown = lines[:TOLD_AT_ONCE] + [f"and {len(lines) - TOLD_AT_ONCE} more"] * (len(lines) > TOLD_AT_ONCE)
+    runtime.alert(f"backup/{tier}", "critical" if wrong else "warning", title, "\n".join(shown))
 
 
 def keep_within(runtime: Runtime, agent: str | None, tier: str | None, now: float) -> list[str]:
     """Apply retention (of one agent and tier, or everywhere) and return the ids that were deleted."""
-    schedule = runtime.config.schedule
-    policies = {
-        name: Policy(keep=one.keep, days=DAYS_OF_EVENT_TIERS if one.events else 0, timezone=schedule.timezone)
-        for name, one in schedule.tiers.items()
-    }
-    plan = plan_prune(runtime.repository, policies, now=now, agent=agent, tier=tier)
+    plan = plan_prune(runtime.repository, runtime.config.retention(), now=now, agent=agent, tier=tier)
     deleted = prune(runtime.repository, plan)
     for identifier in deleted:
         runtime.record("prune", id=identifier, agent=identifier.rpartition("/")[2])

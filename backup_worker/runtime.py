@@ -93,11 +93,15 @@ class Runtime:
     def alert(
         self, key: str, severity: alerts.Severity, title: str, body: str, *, agent: str | None = None
     ) -> None:
-        """Open the alert `key`, unless it is open; a human is told by the next delivery."""
+        """Open the alert `key`, unless it is open; a human is told by the next delivery, without Redis at once."""
         alert = alerts.Alert(key=key, severity=severity, title=title, body=body, agent=agent)
-        if alerts.raise_alert(self.client, alert, now=clock.now()):
-            self.record("alert", key=key, severity=severity, title=title, body=body, agent=agent)
-            self._ask_for_delivery()
+        if not alerts.raise_alert(self.client, alert, now=clock.now()):
+            return
+        if self.client is None:
+            # First of all: that the record cannot be written may be a part of the same trouble.
+            alerts.tell(self.config.schedule.alerts, alert, self.history, clock.now())
+        self.record("alert", key=key, severity=severity, title=title, body=body, agent=agent)
+        self._ask_for_delivery()
 
     def resolve(self, key: str) -> None:
         """Close the alert `key`, if it is open."""

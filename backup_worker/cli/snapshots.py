@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from em_bridge import clock
-from em_bridge.errors import NotFound
+from em_bridge.errors import AgentBackupError, NotFound
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
 
 if TYPE_CHECKING:
@@ -62,28 +62,36 @@ def backup(
         return {
             "tier": tier, "slot": _slot(settings, tier, now), "include": wanted.include,
             "unchanged": wanted.unchanged, "now": now, "reason": "by hand",
-            "limits": _limits(settings, allow_shrink),
+            "limits": settings.snapshot_limits(allow_shrink=allow_shrink),
         }  # fmt: skip
 
-    made, failed = back_up(repo, history, files, options)
+    try:
+        made, failed = back_up(repo, history, files, options)
+    except AgentBackupError as error:
+        # Such as a record that cannot be written, because the disk is full.
+        _tell_people(settings, tier, [], [{"agent": ", ".join(names), "error": error.message}])
+        raise
     emit({"snapshots": made, "failed": failed}, as_json=as_json, render=_print_backup)
     for failure in failed:
         fail(failure["error"], hint=failure["hint"])
+    if failed or any(row["status"] != "good" or row["warnings"] for row in made):
+        _tell_people(settings, tier, made, failed)
     if failed or any(row["status"] != "good" for row in made):
         raise typer.Exit(1)
+
+
+def _tell_people(config: Config, tier: str, made: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
+    """Tell of what went wrong: who typed the command may be a timer, and read nothing."""
+    from backup_worker.backups import tell_of_made_by_hand
+    from backup_worker.runtime import Runtime
+
+    tell_of_made_by_hand(Runtime(config), tier, made, failed)
 
 
 def _slot(config: Config, tier: str, now: float) -> str:
     from backup_worker.schedule import slot_name
 
     return slot_name(config.tier(tier), config.schedule.timezone, now)
-
-
-def _limits(config: Config, allow_shrink: bool) -> Any:
-    from backup_worker.snapshots import Limits
-
-    limits = config.schedule.limits
-    return Limits(shrink=None if allow_shrink else limits.shrink, reserve_bytes=limits.reserve_bytes)
 
 
 def _print_backup(result: dict[str, Any]) -> None:
@@ -269,16 +277,11 @@ def prune(
 
     Example: `backup-worker prune --dry-run`
     """
-    from backup_worker.snapshots import Policy, plan_prune
+    from backup_worker.snapshots import plan_prune
     from backup_worker.snapshots import prune as delete
 
     settings, repo, history = opened(config)
-    zone = settings.schedule.timezone
-    policies = {
-        name: Policy(tier.keep, days=7 if tier.events else 0, timezone=zone)
-        for name, tier in settings.schedule.tiers.items()
-    }
-    plan = plan_prune(repo, policies, now=clock.now())
+    plan = plan_prune(repo, settings.retention(), now=clock.now())
     for identifier in [] if dry_run else delete(repo, plan):
         history.append("prune", now=clock.now(), id=identifier, agent=identifier.rpartition("/")[2])
     emit(plan.as_json(), as_json=as_json, render=lambda result: _print_plan(result, dry_run))

@@ -22,10 +22,13 @@ from backup_worker.config.schedule import Schedule, Tier
 from em_bridge.errors import NotFound
 
 if TYPE_CHECKING:
-    from backup_worker.snapshots import AgentFiles
+    from backup_worker.snapshots import AgentFiles, Limits, Policy
 
 SCHEDULE_FILE = "backup_schedule.json"
 AGENTS_FILE = "agents.json"
+
+DAYS_OF_EVENT_TIERS = 7
+"""A burst of changes must not push out the last snapshot of each of so many earlier days."""
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
@@ -59,6 +62,26 @@ class Config:
         return AgentFiles(
             name=name, root=agent.root, files=agent.files, required=agent.required, exclude=agent.exclude
         )
+
+    def retention(self) -> dict[str, Policy]:
+        """Return by tier which snapshots the engine is to keep."""
+        from backup_worker.snapshots import Policy
+
+        return {
+            name: Policy(
+                keep=tier.keep,
+                days=DAYS_OF_EVENT_TIERS if tier.events else 0,
+                timezone=self.schedule.timezone,
+            )
+            for name, tier in self.schedule.tiers.items()
+        }
+
+    def snapshot_limits(self, *, allow_shrink: bool = False) -> Limits:
+        """Return what the engine judges a new snapshot by; with `allow_shrink` it may be smaller than the last."""
+        from backup_worker.snapshots import Limits
+
+        limits = self.schedule.limits
+        return Limits(shrink=None if allow_shrink else limits.shrink, reserve_bytes=limits.reserve_bytes)
 
 
 def load(config_dir: Path, *, environ: Mapping[str, str] | None = None, check_alerts: bool = False) -> Config:

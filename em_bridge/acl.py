@@ -44,7 +44,7 @@ _RULES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     EM: (
         f"{_CONNECT} {_LOOK} +time +scan +eval +evalsha",
-        "+xadd +xreadgroup +xack +xautoclaim +xgroup|create +xgroup|delconsumer +xtrim",
+        "+xadd +xreadgroup +xack +xautoclaim +xgroup|create +xgroup|delconsumer +xtrim +xdel",
         "+get +set +del +incr +pexpire +hset +hdel +sadd",
         "~em:lease:em ~em:epoch:em ~em:once:* ~em:messages ~em:agent-state ~em:config-change ~em:heartbeats",
         "~em:dead-letter ~em:inbox:* ~em:delivered:* ~em:last-seen:* ~em:sender:em ~em:seen ~em:states",

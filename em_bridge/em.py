@@ -21,6 +21,7 @@ import redis
 from em_bridge import streams
 from em_bridge.connection import connect, translate, translate_errors
 from em_bridge.errors import AgentBackupError, LeaseLost, RedisRefused
+from em_bridge.expiry import expire
 from em_bridge.exporter import Exporter
 from em_bridge.lease import Lease, new_holder, process_is_gone
 from em_bridge.monitor import TICK_S, Monitor
@@ -246,6 +247,7 @@ class ExecutionManager:
         streams.trim(client, streams.HEARTBEATS, older_than_s=HEARTBEAT_RETENTION_S)
         streams.trim(client, streams.DEAD_LETTER, older_than_s=DEAD_LETTER_RETENTION_S)
         for key in client.scan_iter(match=streams.inbox("*"), count=1000, _type="stream"):
+            expire(client, key.decode().removeprefix(streams.inbox("")), older_than_s=self._retention_s)
             streams.trim(client, key.decode(), older_than_s=min(INBOX_RETENTION_S, self._retention_s))
 
     def _away(self, error: Exception) -> None:

@@ -168,11 +168,14 @@ def test_a_deposed_monitor_publishes_nothing(valkey: ValkeyServer) -> None:
 
 def test_an_invalid_heartbeat_does_not_stop_the_monitor(valkey: ValkeyServer, em: ExecutionManager) -> None:
     client = valkey.client()
-    client.xadd(streams.HEARTBEATS, {b"type": b"heartbeat", b"body": b"\xc1"})
-    for _ in range(5):
-        client.xadd(streams.HEARTBEATS, {b"nonsense": b"\xff"})
     with Pulse(client, "z", interval_s=0.1):
+        # What stood on the stream before the monitor began, it does not read.
         eventually(lambda: changes(client) == ["z ALIVE"])
+        client.xadd(streams.HEARTBEATS, {b"type": b"heartbeat", b"body": b"\xc1"})
+        for _ in range(5):
+            client.xadd(streams.HEARTBEATS, {b"nonsense": b"\xff"})
+        with Pulse(client, "jay", interval_s=0.1):
+            eventually(lambda: changes(client) == ["z ALIVE", "jay ALIVE"])
     assert client.xlen(streams.DEAD_LETTER) == 2, "one for each reason, not one for each beat"
 
 

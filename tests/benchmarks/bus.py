@@ -336,4 +336,4 @@ def _job_data(number: int) -> Any:
         f"config-change_1-{number}",
         f"change c{number} of agent{number % SENDERS} applied",
     )
-    return dispatcher._rq_job(job)
+    return dispatcher.rq_job(job)

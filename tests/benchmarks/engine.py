@@ -210,13 +210,17 @@ def compare(settings: Settings, fleet: data.Fleet, programs: Sequence[str], *, k
 
 
 def _check_space(folder: Path, fleet: data.Fleet, runs: int) -> None:
-    # A block a file is partly empty; and about a dozen copies exist in each run.
-    needed = (fleet.bytes + fleet.files * 4096) * 14 * runs
-    free = shutil.disk_usage(folder).free
+    # The last block of a file is partly empty; a run makes about a dozen copies, and so does measuring the memory.
+    copies = 13 * (runs + 1)
+    needed, free = (fleet.bytes + fleet.files * 4096) * copies, shutil.disk_usage(folder).free
     if free < needed:
         raise BenchError(
             f"{needed / 1e9:.0f} GB are needed in “{folder}”, and {free / 1e9:.0f} are free: use --folder"
         )
+    names, left = fleet.files * 5 // 4 * copies, os.statvfs(folder).f_favail
+    # Some file systems have no fixed number of inodes, and say 0.
+    if 0 < left < names:
+        raise BenchError(f"{names:,} inodes are needed in “{folder}”, and {left:,} are free: use --folder")
 
 
 def _memory(folder: Path, fleet: data.Fleet, made: Makers) -> Table:

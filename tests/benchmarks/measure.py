@@ -49,10 +49,14 @@ def run(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path 
     with _started(argv, env, cwd) as (process, begun):
         output = process.communicate()[0]
         seconds = time.perf_counter() - begun
-    if process.returncode != 0:
-        tail = output.decode(errors="replace").strip()[-600:]
-        raise BenchError(f"{' '.join(argv[:4])} … ended with {process.returncode}: {tail}")
+    _check(argv, process.returncode, output)
     return seconds
+
+
+def _check(argv: Sequence[str], code: int, output: bytes) -> None:
+    if code != 0:
+        tail = output.decode(errors="replace").strip()[-600:]
+        raise BenchError(f"{' '.join(argv[:4])} … ended with {code}: {tail}")
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -91,15 +95,15 @@ def peak_memory(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cw
     peak = 0
     with _started(argv, env, cwd) as (process, _):
         # Nobody may block on a full pipe while we only look.
-        reader = threading.Thread(target=lambda: process.stdout and process.stdout.read(), daemon=True)
+        said: list[bytes] = []
+        reader = threading.Thread(target=lambda: said.append(process.communicate()[0]), daemon=True)
         reader.start()
         tree = psutil.Process(process.pid)
-        while process.poll() is None:
+        while reader.is_alive():
             with contextlib.suppress(psutil.Error, OSError):
                 peak = max(peak, sum(_pss(p.pid) for p in [tree, *tree.children(recursive=True)]))
             time.sleep(0.02)
-    if process.returncode != 0:
-        raise BenchError(f"{' '.join(argv[:4])} … ended with {process.returncode}")
+    _check(argv, process.returncode, said[0])
     return peak
 
 

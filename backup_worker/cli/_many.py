@@ -65,7 +65,7 @@ def back_up(
 
     died = [{"agent": agent.name, "tier": options(0.0)["tier"], **_DIED} for agent in agents]
     works = [partial(work, agent) for agent in agents]
-    results = _run([agent.name for agent in agents], works, died, history, line)
+    results = _run([agent.name for agent in agents], works, died, history, line, "backing up")
     for result in results:
         result.pop("facts", None)
         result.pop("at", None)
@@ -86,7 +86,9 @@ def lay_down(history: History, jobs: Sequence[RestoreJob]) -> list[dict[str, Any
         return "restore", clock.now(), {key: value for key, value in result.items() if key != "hint"}
 
     died = [_unrestored(job, _DIED["error"], _DIED["hint"]) for job in jobs]
-    results = _run([job.name for job in jobs], [partial(work, job) for job in jobs], died, history, line)
+    results = _run(
+        [job.name for job in jobs], [partial(work, job) for job in jobs], died, history, line, "restoring"
+    )
     for result in results:
         hint = result.pop("hint", None)
         if not result["ok"]:
@@ -105,7 +107,9 @@ def _run(
     died: Sequence[dict[str, Any]],
     history: History,
     line: Callable[[dict[str, Any]], tuple[str, float, dict[str, Any]]],
+    doing: str,
 ) -> list[dict[str, Any]]:
+    from backup_worker.cli._progress import counted
     from backup_worker.snapshots.together import shared_out, together
 
     # Everybody takes the agents' locks in the order of their names: so no two can wait for each other.
@@ -118,7 +122,7 @@ def _run(
     results: dict[int, dict[str, Any]] = {}
     waiting: list[tuple[str, float, dict[str, Any]]] = []
     try:
-        for number, result in shared_out(len(works), run):
+        for number, result in counted(shared_out(len(works), run), doing, len(works)):
             index = order[number]
             results[index] = {"at": clock.now(), **died[index]} if result is None else result
             waiting.append(line(results[index]))

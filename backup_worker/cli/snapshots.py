@@ -229,14 +229,21 @@ def verify(
     snapshots: Annotated[
         list[str] | None, typer.Argument(metavar="[ID...]", help="The snapshots; all if none is named.")
     ] = None,
+    heal: Annotated[
+        bool,
+        typer.Option(
+            "--heal", help="Replace what is damaged by a sound copy of the same content, if there is one."
+        ),
+    ] = False,
     config: ConfigOption = DEFAULT_CONFIG,
     as_json: JsonOption = False,
 ) -> None:
-    """Read snapshots again, byte by byte, and compare them with their checksums. Exit code 1 if any is bad.
+    """Read snapshots again, byte by byte, and compare them with their checksums. Exit code 1 if any is (still) bad.
 
-    Example: `backup-worker verify weekly/2026-W48/z`
+    Example: `backup-worker verify weekly/2026-W48/z --heal`
     """
-    from backup_worker.snapshots import verify_snapshot
+    from backup_worker.cli._progress import shown
+    from backup_worker.snapshots import heal_snapshot, verify_snapshot
     from backup_worker.snapshots.manifest import split_id
 
     _, repo, history = opened(config)
@@ -246,15 +253,27 @@ def verify(
             raise NotFound(f"there is no snapshot “{identifier}”", hint="see `backup-worker list`")
     good: list[str] = []
     bad: list[dict[str, str]] = []
-    for identifier in wanted:
+    healed: list[dict[str, str]] = []
+    for identifier in shown(wanted, "verifying"):
         now = clock.now()
-        problems = verify_snapshot(repo, identifier, now)
+        agent = split_id(identifier)[2]
+        if heal:
+            problems, mended = heal_snapshot(repo, identifier, now)
+            for one in mended:
+                healed.append({"id": identifier} | one.as_json())
+                history.append("heal", now=now, agent=agent, **healed[-1])
+        else:
+            problems = verify_snapshot(repo, identifier, now)
         if problems:
             bad += [{"id": identifier} | problem.as_json() for problem in problems]
         else:
             good.append(identifier)
-        history.append("verify", now=now, id=identifier, agent=split_id(identifier)[2], ok=not problems)
-    emit({"ok": good, "bad": bad}, as_json=as_json, render=_print_verified)
+        history.append("verify", now=now, id=identifier, agent=agent, ok=not problems)
+    emit(
+        {"ok": good, "bad": bad} | ({"healed": healed} if heal else {}),
+        as_json=as_json,
+        render=_print_verified,
+    )
     if bad:
         raise typer.Exit(1)
 
@@ -262,6 +281,8 @@ def verify(
 def _print_verified(result: dict[str, Any]) -> None:
     for problem in result["bad"]:
         typer.echo(f"BAD {problem['id']}: {problem['path']}: {problem['problem']}")
+    for one in result.get("healed", ()):
+        typer.echo(f"healed {one['id']}: {one['path']}: from {one['from']}")
     damaged = len({problem["id"] for problem in result["bad"]})
     typer.echo(f"{len(result['ok'])} proven, {damaged} bad")
 

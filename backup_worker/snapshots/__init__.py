@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from backup_worker.snapshots.diff import Difference, KeyChange, compare_json, diff
 from backup_worker.snapshots.errors import DamagedSnapshot, NoSpace, SnapshotError
+from backup_worker.snapshots.heal import Healed, heal_snapshot
 from backup_worker.snapshots.manifest import Entry, Head, Manifest, Problem
 from backup_worker.snapshots.repository import Repository
 from backup_worker.snapshots.restore import RestoreResult, execute, keep_evidence, restoring
@@ -19,7 +20,7 @@ from backup_worker.snapshots.retention import (
     prune,
 )
 from backup_worker.snapshots.sanity import Limits
-from backup_worker.snapshots.scope import AgentFiles, Scope
+from backup_worker.snapshots.scope import AgentFiles, Hook, Scope
 from backup_worker.snapshots.state import Changes, RestorePlan, compare, plan_restore
 from backup_worker.snapshots.swap import finish_interrupted
 from backup_worker.snapshots.take import take_snapshot
@@ -33,6 +34,8 @@ __all__ = [
     "Difference",
     "Entry",
     "Head",
+    "Healed",
+    "Hook",
     "KeyChange",
     "Limits",
     "Manifest",
@@ -50,6 +53,7 @@ __all__ = [
     "diff",
     "execute",
     "finish_interrupted",
+    "heal_snapshot",
     "keep_evidence",
     "plan_prune",
     "plan_restore",

@@ -306,8 +306,7 @@ class Capture:
             xattrs = self._xattrs(fd)
         except OSError as error:
             raise _Unreadable(f"its attributes cannot be read: {(error.strerror or '').lower()}") from error
-        trusted = clock.now() - max(before.st_mtime, before.st_ctime) >= TRUST_S
-        if trusted and not entry.sqlite:
+        if not entry.sqlite and clock.now() - max(before.st_mtime, before.st_ctime) >= TRUST_S:
             return replace(entry, xattrs=xattrs, inode=before.st_ino, ctime_ns=before.st_ctime_ns)
         return replace(entry, xattrs=xattrs, inode=0, ctime_ns=0) if xattrs or entry.inode else entry
 

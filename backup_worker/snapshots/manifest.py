@@ -189,7 +189,7 @@ def encode(manifest: Manifest) -> bytes:
     head["problems"] = [{"path": p.path, "problem": p.problem} for p in manifest.problems]
     head["warnings"], head["skipped"] = list(manifest.warnings), dict(manifest.skipped)
     text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-    entries = ",\n".join(json.dumps(_entry_to_json(entry)) for entry in manifest.entries)
+    entries = ",\n".join(map(_entry_line, manifest.entries))
     return b"{\n" + text.encode("ascii") + b"," + _ENTRIES + entries.encode("ascii") + b"\n]\n}\n"
 
 
@@ -240,30 +240,35 @@ def _head_from_json(document: dict[str, Any]) -> dict[str, Any]:
     return head
 
 
-_DEFAULTS: dict[str, Any] = {
-    "uid": 0,
-    "gid": 0,
-    "sha256": None,
-    "target": None,
-    "linked": False,
-    "sqlite": False,
-    "hardlink": None,
-    "xattrs": (),
-    "inode": 0,
-    "ctime_ns": 0,
-}
+_OPTIONAL = frozenset(
+    ("uid", "gid", "sha256", "target", "linked", "sqlite", "hardlink", "xattrs", "inode", "ctime_ns")
+)
+_quoted = json.encoder.encode_basestring_ascii
 
 
-def _entry_to_json(entry: Entry) -> dict[str, Any]:
-    out: dict[str, Any] = {"path": entry.path, "type": entry.kind, "size": entry.size, "mode": entry.mode}
-    out["mtime_ns"] = entry.mtime_ns
-    for key, default in _DEFAULTS.items():
-        value = getattr(entry, key)
-        if value != default:
-            out[key] = value
+def _entry_line(entry: Entry) -> str:
+    """Return an entry as JSON, in plain ASCII. By hand: a fleet has ten thousands of them."""
+    line = (
+        f'{{"path": {_quoted(entry.path)}, "type": "{entry.kind}", "size": {entry.size}, "mode": {entry.mode}'
+    )
+    line += f', "mtime_ns": {entry.mtime_ns}'
+    if entry.uid or entry.gid:
+        line += f', "uid": {entry.uid}, "gid": {entry.gid}'
+    if entry.sha256 is not None:
+        line += f', "sha256": {_quoted(entry.sha256)}'
+    if entry.target is not None:
+        line += f', "target": {_quoted(entry.target)}'
+    if entry.linked:
+        line += ', "linked": true'
+    if entry.sqlite:
+        line += ', "sqlite": true'
+    if entry.hardlink is not None:
+        line += f', "hardlink": {_quoted(entry.hardlink)}'
     if entry.xattrs:
-        out["xattrs"] = dict(entry.xattrs)
-    return out
+        line += f', "xattrs": {json.dumps(dict(entry.xattrs))}'
+    if entry.ctime_ns:
+        line += f', "inode": {entry.inode}, "ctime_ns": {entry.ctime_ns}'
+    return line + "}"
 
 
 def _entry_from_json(item: dict[str, Any]) -> Entry:
@@ -275,7 +280,7 @@ def _entry_from_json(item: dict[str, Any]) -> Entry:
     ):
         # A manifest that was tampered with must not make a restore write outside its target.
         raise TypeError(path)
-    more = {key: item[key] for key in _DEFAULTS.keys() & item.keys()}
+    more = {key: item[key] for key in _OPTIONAL & item.keys()}
     if "xattrs" in more:
         more["xattrs"] = tuple((str(name), str(value)) for name, value in more["xattrs"].items())
     return Entry(path, kind, int(item["size"]), int(item["mode"]), int(item["mtime_ns"]), **more)

@@ -58,12 +58,21 @@ class Scope:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A command that is run in the agent's root, and how many seconds it may take."""
+
+    command: tuple[str, ...]
+    timeout_s: float = 60.0
+
+
 @dataclass(frozen=True)
 class AgentFiles:
     """The engine's view of an agent: where its files are, and which class each belongs to.
 
     `files` maps a class (charter, weights, rules, memory, skills…) to patterns; `required` are paths that a good
     snapshot must hold, not empty; `exclude` are patterns that no snapshot holds and that survive a restore.
+    `before_backup` and `after_backup` are run around the copying; the second always.
     """
 
     name: str
@@ -71,6 +80,8 @@ class AgentFiles:
     files: Mapping[str, Sequence[str]] = field(default_factory=dict)
     required: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    before_backup: Hook | None = None
+    after_backup: Hook | None = None
 
     def __post_init__(self) -> None:
         if not AGENT_ID.fullmatch(self.name):

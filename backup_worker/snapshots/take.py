@@ -18,6 +18,7 @@ from backup_worker.snapshots.capture import Capture, Captured, Previous
 from backup_worker.snapshots.content import opened_ahead
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import NoSpace, SnapshotError, from_os_error, printable
+from backup_worker.snapshots.hooks import around_backup
 from backup_worker.snapshots.manifest import (
     CHECKSUMS,
     FILES,
@@ -185,8 +186,9 @@ class _Taking:
                 os.mkdir(folder, 0o700)
             store = stack.enter_context(Tree(snapshot / FILES))
             capture = Capture(source, store, scratch, self.head.scope, previous=previous)
-            self._check_space(capture.planned_bytes())
-            captured = capture.run()
+            with around_backup(self.agent, self.warnings):
+                self._check_space(capture.planned_bytes())
+                captured = capture.run()
             look = Look(self.agent, store)
             yield Sync(store.fd, weight=_weight(captured))
             yield from self._prove(capture, store, look)

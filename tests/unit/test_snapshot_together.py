@@ -126,6 +126,17 @@ def test_each_work_is_done_once_by_one_of_several_processes() -> None:
     assert os.getpid() not in {result["pid"] for _, result in answers}
 
 
+def test_processes_that_race_for_the_works_take_none_twice_and_forget_none() -> None:
+    def quick(numbers: Iterator[int]) -> Iterator[tuple[int, Any]]:
+        for number in numbers:
+            yield number, None
+
+    # An offset shared by the processes was read twice in one run of a hundred.
+    for count in (2, 20, 3_000, 20_000):
+        taken = [number for number, _ in shared_out(count, quick, processes=4)]
+        assert sorted(taken) == list(range(count))
+
+
 def test_a_single_work_needs_no_process() -> None:
     [(_, result)] = shared_out(1, echo)
     assert result["pid"] == os.getpid()

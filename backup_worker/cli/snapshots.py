@@ -20,9 +20,10 @@ IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A snapshot, such 
 
 def add_commands(app: typer.Typer) -> None:
     """Add this group's commands to `app`."""
+    from backup_worker.cli._forget import forget
     from backup_worker.cli._restore import restore
 
-    for command in (backup, list_, show, diff_, verify, restore, prune, pin, unpin):
+    for command in (backup, list_, show, diff_, verify, restore, prune, forget, pin, unpin):
         app.command(command.__name__.rstrip("_"))(command)
 
 

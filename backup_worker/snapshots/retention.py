@@ -170,3 +170,38 @@ def prune(repo: Repository, plan: RetentionPlan) -> list[str]:
             if repo.delete(decision.id):
                 deleted.append(decision.id)
     return deleted
+
+
+@translated("forgetting an agent")
+def plan_forget(repo: Repository, agent: str) -> RetentionPlan:
+    """Plan to delete everything that the repository holds of `agent`, readable or not, save what is held.
+
+    Raises NotFound if that is nothing.
+    """
+    identifiers = repo.ids(agent)
+    if not identifiers:
+        raise NotFound(f"there is no snapshot of “{agent}”", hint="see `backup-worker list`")
+    pinned = {head.id for head in repo.snapshots(agent) if head.pinned}
+    busy = repo.in_use(identifiers)
+    keep: list[Decision] = []
+    delete: list[Decision] = []
+    for identifier in identifiers:
+        why = ["pinned"] if identifier in pinned else []
+        why += ["in use by a restore or a verification"] if identifier in busy else []
+        if why:
+            keep.append(Decision(identifier, tuple(why)))
+        else:
+            delete.append(Decision(identifier, (f"“{agent}” is forgotten",)))
+    return RetentionPlan(tuple(keep), tuple(delete))
+
+
+@translated("forgetting an agent")
+def forget(repo: Repository, agent: str, plan: RetentionPlan) -> list[str]:
+    """Delete what `plan_forget` planned, also the last good one, and return the ids deleted. Works on a full disk."""
+    repo.sweep()
+    with repo.lock("prune"):
+        deleted = [decision.id for decision in plan.delete if repo.delete(decision.id)]
+    for failed, tier in repo.failing():
+        if failed == agent:
+            repo.record_success(tier, agent)
+    return deleted

@@ -180,3 +180,35 @@ def test_names_that_are_not_utf8_can_be_printed(shell: Shell) -> None:
     assert shell.run("show", made)[0] == 0
     (shell.z.root / "memory" / "\udcff\n.md").unlink()
     assert shell.json("restore", "z", "--dry-run")[0]["added"] == ["memory/\\xff\\n.md"]
+
+
+def test_a_forgotten_agent_loses_its_snapshots_and_nobody_else_does(shell: Shell) -> None:
+    shell.json("backup", "--tier", "weekly")
+    pinned = shell.json("backup", "jay", "--tier", "daily")["snapshots"][0]["id"]
+    code, _, err = shell.run("forget", "jay")
+    assert code == 2
+    assert "--yes" in err
+    agents = json.loads((shell.config / "agents.json").read_text())
+    del agents["agents"]["jay"]
+    (shell.config / "agents.json").write_text(json.dumps(agents))
+    assert len(shell.json("list", "--agent", "jay")) == 2, "kept until it is forgotten"
+    shell.run("pin", pinned)
+    planned = shell.json("forget", "jay", "--dry-run", code=1)
+    assert [one["id"] for one in planned["keep"]] == [pinned]
+    assert len(shell.json("list", "--agent", "jay")) == 2
+    assert shell.json("forget", "jay", code=1) == planned
+    shell.run("unpin", pinned)
+    assert [one["id"] for one in shell.json("forget", "jay")["delete"]] == [pinned]
+    assert shell.run("forget", "jay")[0] == 4
+    assert [head["agent"] for head in shell.json("list")] == ["z"]
+    assert shell.recorded().count("forget") == 2
+
+
+def test_verify_heals_what_has_a_sound_copy(shell: Shell) -> None:
+    first = shell.json("backup", "z", "--tier", "weekly")["snapshots"][0]["id"]
+    second = shell.json("backup", "z", "--tier", "weekly")["snapshots"][0]["id"]
+    shell.z.stored(second, "SOUL.md").write_text("rotten")
+    assert shell.json("verify", second, code=1)["bad"][0]["path"] == "SOUL.md"
+    found = shell.json("verify", second, "--heal")
+    assert found == {"ok": [second], "bad": [], "healed": [{"id": second, "path": "SOUL.md", "from": first}]}
+    assert "heal" in shell.recorded()

@@ -25,6 +25,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import redis.exceptions
@@ -81,21 +82,31 @@ class Job:
     description: str
 
 
-def plan(stream: str, entry_id: str, event: events.Event) -> Job:
-    """Return the one job that `event` becomes. Pure; raises InvalidEvent for an event nobody here handles."""
+def plan(
+    stream: str, entry_id: str, event: events.Event, hosts: Mapping[str, str] = MappingProxyType({})
+) -> Job:
+    """Return the one job that `event` becomes. Pure; raises InvalidEvent for an event nobody here handles.
+
+    `hosts` says of agents where they are, if not everywhere.
+    """
     job_id = _job_id(stream, entry_id)
     at = streams.entry_time(entry_id)
     match event:
         case events.AgentState(agent=agent, state=state):
-            queue = queues.RECOVERY if state == events.DEAD else queues.MAINTENANCE
+            queue = queues.name_of(
+                queues.RECOVERY if state == events.DEAD else queues.MAINTENANCE, hosts.get(agent)
+            )
             args = {"agent": agent, "state": state, "reason": event.reason, "entry": entry_id, "at": at}
             return Job(queue, "agent_state", args, job_id, f"{agent} is {state}")
         case events.ConfigApplied(agent=agent, change=change):
             args = {"entry": entry_id, "type": event.type, "agent": agent, "change": change, "at": at}
-            return Job(queues.BACKUP, "config_change", args, job_id, f"change {change} of {agent} applied")
+            queue = queues.name_of(queues.BACKUP, hosts.get(agent))
+            return Job(queue, "config_change", args, job_id, f"change {change} of {agent} applied")
         case events.ConfigProposed() | events.ConfigApproved() | events.ConfigRejected():
             args = {"entry": entry_id, "type": event.type, "change": event.change, "at": at}
-            return Job(queues.BACKUP, "config_change", args, job_id, f"{event.type} {event.change}")
+            # Whose change was decided only its record knows: such a job is passed on by the worker (see `hosts`).
+            queue = queues.name_of(queues.BACKUP, hosts.get(getattr(event, "agent", "")))
+            return Job(queue, "config_change", args, job_id, f"{event.type} {event.change}")
         case due.BackupDue(tier=tier, slot=slot, agent=agent):
             args = {"tier": tier, "slot": slot, "agent": agent, "at": at, "attempt": event.attempt}
             name = f"{tier}_{slot}_{agent}"
@@ -103,7 +114,8 @@ def plan(stream: str, entry_id: str, event: events.Event) -> Job:
                 raise InvalidEvent(f"{event.type}: the tier or the slot of “{name[:80]}” cannot be one")
             # A further try is another job: the first one's name is taken by a failed one.
             job_id = job_id if event.attempt else name
-            return Job(queues.BACKUP, "backup", args, job_id, f"{tier} backup of {agent}")
+            queue = queues.name_of(queues.BACKUP, hosts.get(agent))
+            return Job(queue, "backup", args, job_id, f"{tier} backup of {agent}")
         case due.IncidentDue(incident=incident):
             return Job(queues.RECOVERY, "incident", {"incident": incident}, job_id, f"advance {incident}")
         case due.MaintenanceDue(task=task):
@@ -125,9 +137,15 @@ class Dispatcher:
     """One reader of the streams. Any number may run side by side."""
 
     def __init__(
-        self, client: Redis, *, consumer: str | None = None, limits: Callable[[], Limits] = lambda: _DEFAULTS
+        self,
+        client: Redis,
+        *,
+        consumer: str | None = None,
+        limits: Callable[[], Limits] = lambda: _DEFAULTS,
+        hosts: Callable[[], Mapping[str, str]] = lambda: MappingProxyType({}),
     ) -> None:
         self.client = client
+        self.hosts = hosts
         self.limits = limits
         self.consumer = consumer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._queues: dict[str, Queue] = {}
@@ -236,7 +254,8 @@ class Dispatcher:
         """Hand off `entries` in one transaction; return how many there were."""
         if not entries:
             return 0
-        planned = [(entry, _plan(entry)) for entry in entries]
+        hosts = self.hosts()
+        planned = [(entry, _plan(entry, hosts)) for entry in entries]
         marks = [_mark(entry, job) for entry, job in planned]
         with self.client.pipeline(transaction=True) as pipeline:
             watch: Callable[..., Any] = pipeline.watch
@@ -271,7 +290,7 @@ class Dispatcher:
                     pipeline.xadd(streams.DEAD_LETTER, events.encode(letter))
                     log.warning("dead letter: %s %s: %s", entry.stream, entry.id, job)
         for name, batch in jobs.items():
-            self._queue(name).enqueue_many([_rq_job(job) for job in batch.values()], pipeline=pipeline)
+            self._queue(name).enqueue_many([rq_job(job) for job in batch.values()], pipeline=pipeline)
         for stream in {entry.stream for entry, _ in planned}:
             ids = [entry.id for entry, _ in planned if entry.stream == stream]
             pipeline.xack(stream, GROUP, *ids)
@@ -294,12 +313,12 @@ def mark_ttl_s(job: Job | str, limits: Limits) -> int:
     return max(MARK_TTL_S, int(limits.log_days * 2 * 24 * 3600))
 
 
-def _plan(entry: Entry) -> Job | str:
+def _plan(entry: Entry, hosts: Mapping[str, str]) -> Job | str:
     """Return the entry's job, or the reason why it is a dead letter."""
     if entry.deliveries > MAX_DELIVERIES:
         return f"delivered {entry.deliveries} times without being handed off"
     try:
-        return plan(entry.stream, entry.id, events.decode(entry.fields, stream=entry.stream))
+        return plan(entry.stream, entry.id, events.decode(entry.fields, stream=entry.stream), hosts)
     except AgentBackupError as error:
         return error.message
 
@@ -320,7 +339,8 @@ def time_limit_s(job: Job) -> int:
     return TIME_LIMITS_S[job.function]
 
 
-def _rq_job(job: Job) -> Any:
+def rq_job(job: Job) -> Any:
+    """Return `job` as RQ's `enqueue_many` takes it."""
     return Queue.prepare_data(
         f"backup_worker.jobs.{job.function}",
         args=[dict(job.args)],

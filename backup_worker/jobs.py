@@ -14,9 +14,10 @@ from typing import Any
 from rq import get_current_job
 from rq.job import Job
 
-from backup_worker import backups, changes, maintain, slots
+from backup_worker import backups, changes, hosts, maintain, slots
 from backup_worker.config import ConfigWatch
 from backup_worker.queues import ForeignJob
+from backup_worker.recovery.incident import IncidentStore
 from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime
 from em_bridge import clock, events, streams
@@ -41,10 +42,20 @@ def _runtime(job: Job | None = None) -> Runtime:
     return Runtime(_watch.current, current.connection, os.environ.get("REDIS_URL", ""))
 
 
+def _passed_on(runtime: Runtime, agent: str | None) -> dict[str, Any] | None:
+    """Send the running job to the host of `agent` if it is not here; return the job's result then."""
+    job = get_current_job()
+    assert job is not None
+    queue = hosts.pass_on(runtime.redis, job, agent, hosts.hosts_of(runtime.config))
+    return {"passed_on_to": queue} if queue else None
+
+
 def backup(args: dict[str, Any]) -> dict[str, Any]:
     """Make a scheduled snapshot: `tier`, `slot`, `agent`. The slot is made once."""
     runtime = _runtime()
     agent, tier, slot = args["agent"], args["tier"], args["slot"]
+    if passed_on := _passed_on(runtime, agent):
+        return passed_on
     snapshot = backups.scheduled(runtime, agent, tier, slot, now=clock.now())
     slots.made(runtime.redis, tier, slot, agent)
     return {"snapshot": snapshot.id, "status": snapshot.status}
@@ -60,6 +71,9 @@ def config_change(args: dict[str, Any]) -> dict[str, Any]:
     event = events.decode(rows[0][1], stream=streams.CONFIG_CHANGE)
     if not isinstance(event, changes.ConfigChange):
         raise AgentBackupError(f"the event {entry} is no config change but “{event.type}”")
+    agent = getattr(event, "agent", None) or changes.get(runtime.redis, event.change).agent
+    if passed_on := _passed_on(runtime, agent):
+        return passed_on
     snapshots = backups.on_change(runtime, event, entry, now=clock.now())
     return {"snapshots": [snapshot.id for snapshot in snapshots]}
 
@@ -67,13 +81,18 @@ def config_change(args: dict[str, Any]) -> dict[str, Any]:
 def agent_state(args: dict[str, Any]) -> dict[str, Any]:
     """Record an agent's state (`agent`, `state`, `reason`, `at`); a DEAD one is recovered."""
     runtime = _runtime()
+    if passed_on := _passed_on(runtime, args["agent"]):
+        return passed_on
     incident = RecoveryService(runtime).on_state(args["agent"], args["state"], args["reason"], args["at"])
     return {"incident": incident}
 
 
 def incident(args: dict[str, Any]) -> dict[str, Any]:
     """Advance the incident `incident` as far as it goes now."""
-    advanced = RecoveryService(_runtime()).advance(args["incident"])
+    runtime = _runtime()
+    if passed_on := _passed_on(runtime, IncidentStore(runtime.redis).get(args["incident"]).agent):
+        return passed_on
+    advanced = RecoveryService(runtime).advance(args["incident"])
     return {"incident": advanced.id, "state": advanced.state, "phase": advanced.phase}
 
 

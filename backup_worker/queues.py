@@ -38,6 +38,8 @@ RECOVERY = "recovery"
 BACKUP = "backup"
 MAINTENANCE = "maintenance"
 QUEUES = (RECOVERY, BACKUP, MAINTENANCE)
+OF_A_HOST = (RECOVERY, BACKUP)
+"""The kinds of queues that a host may have for itself: jobs that touch an agent's files or its process."""
 
 ALLOWED = frozenset(
     f"backup_worker.jobs.{name}"
@@ -218,6 +220,11 @@ class SafeQueue(Queue):
 def kind(name: str) -> str:
     """Return which of `QUEUES` the queue `name` is, whatever host it belongs to."""
     return name.partition(".")[0]
+
+
+def name_of(kind: str, host: str | None) -> str:
+    """Return the name of the queue `kind` of `host`, or of all hosts."""
+    return f"{kind}.{host}" if host and kind in OF_A_HOST else kind
 
 
 def open_queue(name: str, client: Redis) -> SafeQueue:

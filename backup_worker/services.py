@@ -21,7 +21,7 @@ import redis.exceptions
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from backup_worker import jobs, maintain, queues, retries, schedule, slots
+from backup_worker import hosts, jobs, maintain, queues, retries, schedule, slots
 from backup_worker.config import Config, ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.due import BackupDue, MaintenanceDue
@@ -128,7 +128,9 @@ def dispatcher(config_dir: Path, url: str | None) -> None:
     watch = ConfigWatch(config_dir)
     # Never retried by the client: a transaction whose reply was lost is found again through its marks.
     handing_off = Dispatcher(
-        connection.connect(url, retrying=False), limits=lambda: watch.current.schedule.limits
+        connection.connect(url, retrying=False),
+        limits=lambda: watch.current.schedule.limits,
+        hosts=lambda: hosts.hosts_of(watch.current),
     )
     waking = connection.connect(url)
     with stopped_by_signals() as stop, ThreadPoolExecutor(1, "pacemaker") as beside:
@@ -252,6 +254,7 @@ def worker(config_dir: Path, url: str | None, queue: str) -> None:
     make_worker(queue, client, jobs.report_failure).work(logging_level="WARNING")
 
 
-def default_processes() -> dict[str, int]:
-    """Return how many worker processes each queue gets by default."""
-    return {queues.RECOVERY: 2, queues.BACKUP: 2, queues.MAINTENANCE: 1}
+def default_processes(config: Config, host: str) -> dict[str, int]:
+    """Return how many worker processes each queue gets by default on `host`, with those of its own agents."""
+    plain = {queues.RECOVERY: 2, queues.BACKUP: 2, queues.MAINTENANCE: 1}
+    return plain | {queue: plain[queues.kind(queue)] for queue in hosts.queues_of(config, host)}

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from em_bridge.errors import UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, RedisUrlOption, log_to_stderr
 
+if TYPE_CHECKING:
+    from backup_worker.supervisor import Child, Supervisor
+
+HostOption = Annotated[
+    str | None,
+    typer.Option("--host", metavar="NAME", help="This host's name in agents.json (default: its host name)."),
+]
 ListenOption = Annotated[
     str, typer.Option("--listen", metavar="HOST:PORT", help="Where the console listens.")
 ]
@@ -38,6 +47,7 @@ def up(
     redis_url: RedisUrlOption = None,
     no_console: Annotated[bool, typer.Option("--no-console", help="Leave the web console out.")] = False,
     listen: ListenOption = DEFAULT_LISTEN,
+    host: HostOption = None,
 ) -> None:
     """Run all parts in one process tree, on an embedded Valkey unless a URL is given.
 
@@ -63,16 +73,21 @@ def up(
         enter(url).close()
         env = {"REDIS_URL": url, "BACKUP_CONFIG": str(config.resolve())}
         children = [Child(name, _part(name), env) for name in ("dispatcher", "scheduler", "watchdog")]
-        for queue, count in default_processes().items():
-            children += [
-                Child(f"worker {queue} {number}", _part("worker", "--queue", queue, "--processes", "1"), env)
-                for number in range(1, count + 1)
-            ]
+        host = host or socket.gethostname()
+        children += _workers(default_processes(loaded, host), env)
         if not no_console:
             children.append(Child("console", _part("console", "--listen", listen), env))
             sys.stderr.write(f"console: http://{listen}\n")
         sys.stderr.write(f"{len(loaded.agents)} agents, {len(children)} processes; Ctrl-C stops\n")
-        Supervisor(children).run(also=keep)
+        supervisor = Supervisor(children)
+        grow = _growing(supervisor, config, host, env)
+
+        def also() -> None:
+            if keep is not None:
+                keep()
+            grow()
+
+        supervisor.run(also=also)
 
 
 def dispatcher(config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption = None) -> None:
@@ -93,39 +108,72 @@ def worker(
         list[str] | None, typer.Option("--queue", help="Serve this queue only; may be repeated.")
     ] = None,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="Processes a queue.")] = None,
+    host: HostOption = None,
 ) -> None:
     """Run jobs: processes for every queue (recovery, backup, maintenance), or for those named.
+
+    Agents with a `host` in agents.json are backed up and recovered by the workers of that host alone: its own queues
+    (backup.NAME, recovery.NAME) are served too, as soon as an agent names it.
 
     Example: `backup-worker worker --queue backup --processes 4`
     """
     from backup_worker import services
-    from backup_worker.queues import QUEUES
-    from backup_worker.supervisor import Child, Supervisor
+    from backup_worker.cli._common import redis_url_for
+    from backup_worker.config import load
+    from backup_worker.queues import QUEUES, kind
+    from backup_worker.supervisor import Supervisor
 
     log_to_stderr()
-    wanted = services.default_processes()
+    here = host or socket.gethostname()
     if queue:
         for name in queue:
-            if name.partition(".")[0] not in QUEUES:
+            if kind(name) not in QUEUES:
                 raise UsageError(f"there is no queue “{name}”", hint=f"the queues are {', '.join(QUEUES)}")
-        wanted = {name: wanted[name.partition(".")[0]] for name in queue}
+    loaded = load(config)
+    wanted = services.default_processes(loaded, here)
+    if queue:
+        wanted = {name: wanted[kind(name)] for name in queue}
     if processes:
         wanted = dict.fromkeys(wanted, processes)
-    url = _url(config, redis_url)
+    url = redis_url_for(loaded, redis_url)
     if list(wanted.values()) == [1]:
         services.worker(config, url, next(iter(wanted)))
         return
     services.enter(url).close()
     env = {"BACKUP_CONFIG": str(config.resolve())} | ({"REDIS_URL": url} if url else {})
-    Supervisor(
-        [
-            Child(f"worker {name} {number}", _part("worker", "--queue", name, "--processes", "1"), env)
-            for name, count in wanted.items()
-            for number in range(1, count + 1)
-        ],
-        # A job that runs is finished before its worker ends.
-        grace_s=float(os.environ.get("WORKER_GRACE_S", "60")),
-    ).run()
+    # A job that runs is finished before its worker ends.
+    supervisor = Supervisor(_workers(wanted, env), grace_s=float(os.environ.get("WORKER_GRACE_S", "60")))
+    supervisor.run(also=None if queue else _growing(supervisor, config, here, env, processes))
+
+
+def _workers(wanted: Mapping[str, int], env: Mapping[str, str]) -> list[Child]:
+    from backup_worker.supervisor import Child
+
+    return [
+        Child(f"worker {queue} {number}", _part("worker", "--queue", queue, "--processes", "1"), env)
+        for queue, count in wanted.items()
+        for number in range(1, count + 1)
+    ]
+
+
+def _growing(
+    supervisor: Supervisor, config: Path, host: str, env: Mapping[str, str], processes: int | None = None
+) -> Callable[[], None]:
+    """Return what gives `supervisor` the workers of its host's own queues when an edit of agents.json asks for them."""
+    from backup_worker.config import ConfigWatch
+    from backup_worker.services import default_processes
+
+    watch = ConfigWatch(config, check_alerts=False)
+
+    def grow() -> None:
+        if watch.refresh():
+            wanted = default_processes(watch.current, host)
+            if processes:
+                wanted = dict.fromkeys(wanted, processes)
+            known = {child.name for child in supervisor.children}
+            supervisor.children += [one for one in _workers(wanted, env) if one.name not in known]
+
+    return grow
 
 
 def scheduler(config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption = None) -> None:

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from backup_worker.config.fields import AbsolutePath, Command, Model, Pattern, RelativeFile
 
 AGENT_ID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
+HOST_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 CLASS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 
 
@@ -197,6 +198,13 @@ class AgentConfig(Model):
     )
     recovery: Recovery = Field(
         default_factory=Recovery, title="map", description="How the agent is brought back."
+    )
+    host: Annotated[str, Field(pattern=HOST_NAME)] | None = Field(
+        None,
+        title="host name",
+        description="The host of the agent's files and process, as its `backup-worker worker --host NAME` is called. "
+        "Without it, any worker may back it up and start it: all see the same files.",
+        examples=["web1"],
     )
     depends_on: list[str] = Field(
         default_factory=list,

@@ -22,7 +22,7 @@ from rq.job import JobStatus
 from backup_worker import alerts, backups, jobs, queues, retries
 from backup_worker import worker as worker_module
 from backup_worker.dispatcher import Job as Planned
-from backup_worker.dispatcher import _rq_job
+from backup_worker.dispatcher import rq_job
 from backup_worker.worker import BackupWorker, make_worker
 from em_bridge.connection import connect
 from tests.integration.conftest import ValkeyServer
@@ -58,7 +58,7 @@ def backup_of(agent: str, *, queue: str = queues.BACKUP) -> Planned:
 
 
 def enqueue(client: Redis, job: Planned) -> str:
-    queues.open_queue(job.queue, client).enqueue_many([_rq_job(job)])
+    queues.open_queue(job.queue, client).enqueue_many([rq_job(job)])
     return job.id
 
 
@@ -219,6 +219,13 @@ def test_a_lasting_error_is_told_at_once_and_not_tried_again(
     assert failures(client) == ["backup/daily/nobody"]
 
 
+def waits_until(client: Redis) -> float:
+    """Return when the only job that waits for its next try gets it."""
+    rows: Any = client.zrange("rq:scheduled:backup", 0, -1, withscores=True)
+    ((_, due_at),) = rows
+    return float(due_at)
+
+
 class Busy:
     """While the file is there, no snapshot can be taken; each try leaves its time in it."""
 
@@ -251,7 +258,7 @@ def test_a_passing_fault_waits_without_a_worker_and_the_job_succeeds_when_it_has
     assert (status(client, job_id), busy.tries) == ("scheduled", 1)
     work_off(valkey, fleet)
     assert (retries.wake(client, began), busy.tries) == (0, 1)
-    ((_, due_at),) = client.zrange("rq:scheduled:backup", 0, -1, withscores=True)
+    due_at = waits_until(client)
     assert retries.PAUSES_S[0] <= due_at - began < retries.PAUSES_S[0] + 5
     busy.path.unlink()
     assert retries.wake(client, due_at) == 1
@@ -269,7 +276,7 @@ def test_a_passing_fault_that_does_not_pass_is_tried_a_bounded_number_of_times_a
     pauses = []
     work_off(valkey, fleet)
     while status(client, job_id) == "scheduled":
-        ((_, due_at),) = client.zrange("rq:scheduled:backup", 0, -1, withscores=True)
+        due_at = waits_until(client)
         pauses.append(due_at - time.time())
         assert failures(client) == []
         retries.wake(client, due_at)

@@ -100,3 +100,24 @@ def test_a_job_of_a_change_carries_no_content() -> None:
     # A megabyte of proposed content stays on the stream; the job reads it there.
     event = events.ConfigProposed("c1", "z", ("a.json",), "em", proposed={"a.json": b"x" * 900_000})
     assert len(msgpack.packb(dict(plan(streams.CONFIG_CHANGE, ENTRY, event).args))) < 1000
+
+
+HOSTS = {"z": "web1"}
+
+
+@pytest.mark.parametrize(
+    ("event", "queue"),
+    [
+        (events.AgentState("z", "DEAD"), "recovery.web1"),
+        (events.AgentState("z", "ALIVE"), "maintenance"),
+        (events.AgentState("jay", "DEAD"), "recovery"),
+        (events.ConfigApplied("c", "z", ("a",)), "backup.web1"),
+        (events.ConfigProposed("c", "z", ("a",), "em"), "backup.web1"),
+        (events.ConfigApproved("c", "kari"), "backup"),
+        (BackupDue("daily", "s", "z", AT), "backup.web1"),
+        (BackupDue("daily", "s", "jay", AT), "backup"),
+        (MaintenanceDue("watch"), "maintenance"),
+    ],
+)
+def test_the_jobs_of_an_agent_with_a_host_go_to_that_host(event: events.Event, queue: str) -> None:
+    assert plan(event.stream, ENTRY, event, HOSTS).queue == queue

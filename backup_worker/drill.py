@@ -5,25 +5,25 @@ Python and databases are sound, and the agent's own health command, if it has on
 the way makes it fail, with the reason. It touches neither the agent nor its files, holds up no backup and no recovery
 of it, and leaves nothing behind: the scratch folder of a killed drill is removed by the next one.
 
-When a restore was last proven stands in the repository's own bookkeeping, where it is found without Redis.
+When a restore was last proven stands in the repository's own bookkeeping: see `proofs`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backup_worker import rolling
+from backup_worker import rolling, scrub
 from backup_worker.config import Config
 from backup_worker.health_command import Health, run_health
+from backup_worker.proofs import Note, note_of, write_note
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import (
     AgentFiles,
@@ -44,13 +44,10 @@ from backup_worker.snapshots.errors import from_os_error
 from backup_worker.snapshots.sanity import judge
 from backup_worker.snapshots.verify import unproven
 from em_bridge import clock
-from em_bridge.errors import AgentBackupError
+from em_bridge.errors import AgentBackupError, NotFound
 
 RUN_S = 60.0
 """After how many seconds a scheduled run begins no further drill: other maintenance waits meanwhile."""
-
-NOTES = "drills"
-"""Folder in the repository's bookkeeping: what is known of each agent's drills."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,16 +82,6 @@ class Drill:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
-    """What is known of an agent's drills: the last one, and the last that succeeded (Unix seconds)."""
-
-    tried_at: float
-    ok: bool
-    proven_at: float | None = None
-    proven_from: str | None = None
-
-
 # -- one drill ---------------------------------------------------------------------------------------------
 
 
@@ -102,10 +89,13 @@ def run(runtime: Runtime, agent: str, now: float) -> Drill:
     """Drill `agent`, write down the result, and open or close its alerts. Raises NotFound for an unknown agent."""
     repo = runtime.repository
     done, damaged = rehearse(runtime.config, repo, agent, now=now)
+    healed = [_is_healed(runtime, identifier, now) for identifier in damaged]
+    if healed and all(healed):
+        done, _ = rehearse(runtime.config, repo, agent, now=now)
     before = note_of(repo, agent)
     proven = (now, done.sources[0]) if done.ok else (before.proven_at, before.proven_from) if before else ()
     try:
-        _write_note(repo, agent, Note(now, done.ok, *proven))
+        write_note(repo, agent, Note(now, done.ok, *proven))
     except OSError as error:
         why = from_os_error("writing down the result of the drill", error).message
         done = replace(done, problems=(*done.problems, Problem(".", why)))
@@ -117,10 +107,15 @@ def run(runtime: Runtime, agent: str, now: float) -> Drill:
     else:
         body = "; ".join(f"{one['path']}: {one['problem']}" for one in done.as_json()["problems"][:10])
         runtime.alert(key, "critical", f"restoring {agent} does not work", body, agent=agent)
-    for identifier in damaged:
-        body = f"found by the drill of {agent}; `backup-worker verify {identifier}` names the files"
-        runtime.alert(f"rot/{identifier}", "critical", f"snapshot {identifier} is damaged", body, agent=agent)
     return done
+
+
+def _is_healed(runtime: Runtime, identifier: str, now: float) -> bool:
+    """Have the scrub look at a damaged snapshot at once: it heals, records and alerts."""
+    try:
+        return scrub.verify(runtime, identifier, now)
+    except NotFound:
+        return False  # pruned meanwhile
 
 
 def rehearse(config: Config, repo: Repository, name: str, *, now: float) -> tuple[Drill, list[str]]:
@@ -261,26 +256,6 @@ def sweep(folder: Path) -> int:
 def _is_fresh(fd: int) -> bool:
     """Tell whether the folder may have been made this moment, by a drill that has not taken it yet."""
     return clock.now() - os.fstat(fd).st_ctime < 60.0
-
-
-# -- bookkeeping -------------------------------------------------------------------------------------------
-
-
-def note_of(repo: Repository, agent: str) -> Note | None:
-    """Return what is known of the agent's drills; None if there was none, or its note is not readable."""
-    try:
-        return Note(**json.loads((repo.hidden / NOTES / f"{agent}.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        # Counts as never drilled, so that the next drill writes it anew.
-        return None
-
-
-def _write_note(repo: Repository, agent: str, note: Note) -> None:
-    if not repo.hidden.is_dir():
-        return  # there is no repository yet, and nothing was proven
-    (repo.hidden / NOTES).mkdir(exist_ok=True, mode=0o700)
-    with Tree(repo.hidden / NOTES) as tree:
-        disk.replace_file(tree, f"{agent}.json", json.dumps(asdict(note)).encode())
 
 
 # -- all agents --------------------------------------------------------------------------------------------

@@ -1,21 +1,24 @@
 """The rolling verification: every snapshot is read again within `scrub.days`, oldest first, a share in each run.
 
-What is damaged is named, recorded and alerted, and looked at again each day: once it proves whole, because its content
-was healed, the alert is resolved. Damage that somebody else came upon (a backup that shares files with it, a restore)
-is alerted from here too. If the runs cannot keep up, that alerts as well: it is never said that something was
-verified which was not.
+What is damaged is healed from sound copies of the same content, if there are any, and people are told so. What cannot
+be healed is named, recorded and alerted, and tried again each day; once it proves whole, the alert is resolved. Damage
+that somebody else came upon (a backup that shares files with it, a restore) is alerted from here too. If the runs
+cannot keep up, that alerts as well: it is never said that something was verified which was not.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from backup_worker import alerts, rolling
 from backup_worker.runtime import Runtime
-from backup_worker.snapshots import Head, verify_snapshot
+from backup_worker.snapshots import Head, Healed, Problem, SnapshotError, heal_snapshot, verify_snapshot
 from em_bridge import clock
 from em_bridge.errors import NotFound
+
+log = logging.getLogger(__name__)
 
 RUN_S = 20.0
 BEHIND_RUN_S = 120.0
@@ -75,18 +78,38 @@ def run(runtime: Runtime, now: float, *, every_s: float) -> dict[str, Any]:
 
 
 def verify(runtime: Runtime, identifier: str, now: float) -> bool:
-    """Read one snapshot again; record the result, open or close its alert, return whether it is whole."""
-    problems = verify_snapshot(runtime.repository, identifier, now)
+    """Read one snapshot again and heal it if need be; record the result, open or close its alert.
+
+    Returns whether it is whole. Raises NotFound.
+    """
+    problems, healed = _prove(runtime, identifier, now)
     agent = identifier.rpartition("/")[2]
+    for one in healed:
+        runtime.record("heal", id=identifier, agent=agent, **one.as_json())
     named = [problem.as_json() for problem in problems]
     runtime.record("verify", id=identifier, agent=agent, ok=not problems, problems=named)
     key = f"rot/{identifier}"
     if problems:
         body = "; ".join(f"{problem['path']}: {problem['problem']}" for problem in named[:10])
         runtime.alert(key, "critical", f"snapshot {identifier} is damaged", body, agent=agent)
-    else:
-        runtime.resolve(key)
-    return not problems
+        return False
+    runtime.resolve(key)
+    if healed:
+        mended = ", ".join(f"{one.as_json()['path']} (from {one.source})" for one in healed[:10])
+        body = f"{mended}; a disk on which this happens should be checked"
+        runtime.alert(
+            f"healed/{identifier}", "info", f"rot in snapshot {identifier} was healed", body, agent=agent
+        )
+    return True
+
+
+def _prove(runtime: Runtime, identifier: str, now: float) -> tuple[list[Problem], list[Healed]]:
+    try:
+        return heal_snapshot(runtime.repository, identifier, now)
+    except SnapshotError as error:
+        # A repository that is full, or mounted read-only, can be read all the same.
+        log.error("snapshot %s cannot be healed: %s", identifier, error.message)
+        return verify_snapshot(runtime.repository, identifier, now), []
 
 
 def overdue(runtime: Runtime, heads: Sequence[Head], now: float) -> list[Head]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import NoPermissionError
 
-from backup_worker import alerts, backpressure, drill, maintain, schedule, scrub
+from backup_worker import alerts, backpressure, drill, maintain, proofs, schedule, scrub
 from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
@@ -85,7 +85,7 @@ def is_late(facts: dict[str, Any]) -> bool:
 
 def _drilled(runtime: Runtime, agent: str, now: float) -> dict[str, Any]:
     """Return when a restore of `agent` was last proven, from which state, and whether the last drill succeeded."""
-    note = drill.note_of(runtime.repository, agent)
+    note = proofs.note_of(runtime.repository, agent)
     proven_at = note.proven_at if note else None
     return {
         "proven_at": proven_at,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker import alerts, drill
+from backup_worker import alerts, proofs
 from backup_worker.demo.pager import Pager
 from backup_worker.due import MaintenanceDue
 from backup_worker.embedded import url_file
@@ -72,7 +72,7 @@ def test_rot_is_found_by_the_scrub_told_fails_the_drill_and_all_is_well_again_wh
         flip(fleet.repository.path(snapshot) / "files" / "SOUL.md")
         until(lambda: has_resolved(f"rot/{snapshot}", "scrub"), 10, every_s=0.7)
         until(lambda: has_resolved("drill/z", "drill"), 10, every_s=0.7)
-        note = drill.note_of(fleet.repository, "z")
+        note = proofs.note_of(fleet.repository, "z")
         assert note is not None
         assert (note.ok, note.proven_from) == (True, snapshot)
         assert list((tmp_path / "state" / "drills").iterdir()) == []

@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import fakeredis
 import psutil
 import pytest
 
-from backup_worker import alerts, drill, maintain
+from backup_worker import alerts, drill, maintain, proofs
 from backup_worker.health_command import run_health
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Manifest, execute, plan_restore, take_snapshot
@@ -89,8 +90,8 @@ def test_the_date_of_the_last_proof_is_found_without_redis(fleet: SmallFleet) ->
     snapshot = take(alone)
     drill.run(alone, "z", SEVEN + 5)
     (fleet.root() / "SOUL.md").unlink()
-    note = drill.note_of(fleet.repository, "z")
-    assert note == drill.Note(SEVEN + 5, True, SEVEN + 5, snapshot.id)
+    note = proofs.note_of(fleet.repository, "z")
+    assert note == proofs.Note(SEVEN + 5, True, SEVEN + 5, snapshot.id)
 
 
 def test_a_failed_drill_does_not_forget_the_last_proof(
@@ -100,13 +101,14 @@ def test_a_failed_drill_does_not_forget_the_last_proof(
     drill.run(runtime, "z", SEVEN + 5)
     flip(fleet.folder / "backups" / snapshot.id / "files" / "SOUL.md")
     assert not drill.run(runtime, "z", SEVEN + DAY).ok
-    assert drill.note_of(fleet.repository, "z") == drill.Note(SEVEN + DAY, False, SEVEN + 5, snapshot.id)
+    assert proofs.note_of(fleet.repository, "z") == proofs.Note(SEVEN + DAY, False, SEVEN + 5, snapshot.id)
 
 
 def test_a_drill_that_comes_upon_damage_fails_and_alerts_though_an_older_state_can_be_restored(
     fleet: SmallFleet, runtime: Runtime, client: Any
 ) -> None:
     older = take(runtime, slot="s1")
+    (fleet.root() / "SOUL.md").write_text("I am z, and wiser than yesterday.\n")
     newer = take(runtime, slot="s2", now=SEVEN + 1)
     flip(fleet.folder / "backups" / newer.id / "files" / "SOUL.md")
 
@@ -119,6 +121,17 @@ def test_a_drill_that_comes_upon_damage_fails_and_alerts_though_an_older_state_c
     # Now that the damage is known, restores use the older state, and that works.
     assert drill.run(runtime, "z", SEVEN + 6).ok
     assert open_keys(client) == [f"rot/{newer.id}"]
+
+
+def test_damage_that_can_be_healed_does_not_fail_a_drill(
+    fleet: SmallFleet, runtime: Runtime, client: Any
+) -> None:
+    take(runtime, slot="s1")
+    newer = take(runtime, slot="s2", now=SEVEN + 1)
+    flip(fleet.folder / "backups" / newer.id / "files" / "SOUL.md")
+    done = drill.run(runtime, "z", SEVEN + 5)
+    assert (done.ok, done.sources) == (True, (newer.id,))
+    assert open_keys(client) == [f"healed/{newer.id}"]
 
 
 def test_an_agent_without_a_good_snapshot_cannot_be_restored(
@@ -223,8 +236,10 @@ def test_an_agent_that_is_not_well_on_its_restored_files_fails_the_drill(
 
 def test_a_health_command_has_its_time_and_takes_its_children_along(tmp_path: Path) -> None:
     script = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); import time; time.sleep(60)"
+    began = time.monotonic()
     health = run_health([sys.executable, "-c", script], tmp_path, "z", within_s=1.0)
     assert health.exit_code is None
+    assert time.monotonic() - began < 10
     child = int(health.output)
     until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
 
@@ -330,4 +345,4 @@ def test_a_note_that_cannot_be_read_counts_as_none(fleet: SmallFleet, runtime: R
     drill.run(runtime, "z", SEVEN)
     for content in ("{", json.dumps({"tried_at": 1}), "[]"):
         (fleet.repository.hidden / "drills" / "z.json").write_text(content)
-        assert drill.note_of(fleet.repository, "z") is None
+        assert proofs.note_of(fleet.repository, "z") is None

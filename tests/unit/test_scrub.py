@@ -35,14 +35,19 @@ def runtime(fleet: SmallFleet, client: Any) -> Runtime:
     return fleet.runtime(client)
 
 
-def make(runtime: Runtime, count: int, now: float = SEVEN) -> list[str]:
-    return [
-        take_snapshot(
-            runtime.repository, runtime.config.files_of("z"), tier="daily", slot=f"s{number}", include=["*"],
-            unchanged="copy", now=now + number, reason="test",
-        ).id
-        for number in range(count)
-    ]  # fmt: skip
+def make(runtime: Runtime, count: int, now: float = SEVEN, *, alike: bool = False) -> list[str]:
+    """Take snapshots, none of which holds what could heal another one, unless they are to be `alike`."""
+    made = []
+    for number in range(count):
+        if not alike:
+            (runtime.config.agent("z").root / "SOUL.md").write_text(f"I am z, of day {number}.\n")
+        made.append(
+            take_snapshot(
+                runtime.repository, runtime.config.files_of("z"), tier="daily", slot=f"s{number}",
+                include=["*"], unchanged="copy", now=now + number, reason="test",
+            ).id
+        )  # fmt: skip
+    return made
 
 
 def file_of(fleet: SmallFleet, snapshot: str) -> Path:
@@ -161,3 +166,27 @@ def test_verification_that_falls_behind_alerts_until_it_has_caught_up(runtime: R
     maintain.run(runtime, "scrub", now=SEVEN + 31 * DAY)
     maintain.run(runtime, "watch", now=SEVEN + 31 * DAY)
     assert scrub.OVERDUE not in open_keys(client)
+
+
+def test_rot_is_healed_from_a_copy_and_a_human_hears_of_it_once(
+    runtime: Runtime, fleet: SmallFleet, client: Any
+) -> None:
+    first, second = make(runtime, 2, alike=True)
+    flip(file_of(fleet, first))
+    assert maintain.run(runtime, "scrub", now=SEVEN + 16 * DAY) == {"verified": 1, "bad": []}
+    assert file_of(fleet, first).read_bytes() == file_of(fleet, second).read_bytes()
+    assert {alert.key: alert.severity for alert in alerts.open_alerts(client)} == {f"healed/{first}": "info"}
+    assert second in alerts.open_alerts(client)[0].body
+    (line,) = fleet.history("heal")
+    assert (line["id"], line["path"], line["from"]) == (first, "SOUL.md", second)
+
+
+def test_what_cannot_be_healed_for_lack_of_a_place_to_write_is_damaged_all_the_same(
+    runtime: Runtime, fleet: SmallFleet, client: Any
+) -> None:
+    first, _ = make(runtime, 2, alike=True)
+    flip(file_of(fleet, first))
+    shutil.rmtree(runtime.repository.hidden / "staging")
+    (runtime.repository.hidden / "staging").write_text("in the way")
+    assert maintain.run(runtime, "scrub", now=SEVEN + 16 * DAY)["bad"] == [first]
+    assert open_keys(client) == [f"rot/{first}"]

@@ -19,7 +19,7 @@ import redis
 
 from backup_worker import alerts, backups
 from backup_worker.config import load
-from backup_worker.recovery import processes
+from backup_worker.recovery import notice, processes
 from backup_worker.recovery.incident import Incident
 from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime
@@ -121,8 +121,11 @@ class Fleet:
         (self.root(agent) / "memory" / "garbage").write_text("0xdead\n")
 
     def files(self, agent: str) -> dict[str, bytes]:
+        """Return the agent's own files: without the notice that a recovery leaves."""
         root = self.root(agent)
-        return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+        found = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+        found.pop(notice.FILE, None)
+        return found
 
     # ── processes ─────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from backup_worker.snapshots import AgentFiles, Limits, Policy
 
 SCHEDULE_FILE = "backup_schedule.json"
+NOTICES = ("/RECOVERY.md", "/.RECOVERY.md.new")
+"""What a recovery leaves for the agent in its root; see `backup_worker.recovery.notice`."""
+
 AGENTS_FILE = "agents.json"
 
 DAYS_OF_EVENT_TIERS = 7
@@ -55,12 +58,16 @@ class Config:
         return _named("tier", name, self.schedule.tiers, self.directory / SCHEDULE_FILE)
 
     def files_of(self, name: str) -> AgentFiles:
-        """Return what the snapshot engine needs to know about an agent; `NotFound` if there is none of that name."""
+        """Return what the snapshot engine needs to know about an agent; `NotFound` if there is none of that name.
+
+        Our own notice of a recovery is never part of it, else the next state would differ by it.
+        """
         from backup_worker.snapshots import AgentFiles
 
         agent = self.agent(name)
+        exclude = [*agent.exclude, *NOTICES]
         return AgentFiles(
-            name=name, root=agent.root, files=agent.files, required=agent.required, exclude=agent.exclude
+            name=name, root=agent.root, files=agent.files, required=agent.required, exclude=exclude
         )
 
     def retention(self) -> dict[str, Policy]:

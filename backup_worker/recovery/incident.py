@@ -129,6 +129,14 @@ class Incident:
     tried: tuple[str, ...] = ()
     """The newest snapshot of every state that was tried and did not live, and `current`."""
     evidence: tuple[str, ...] = ()
+    state_at: float | None = None
+    """When the newest part of the restored state was stored."""
+    lost: tuple[str, ...] = ()
+    """The first paths whose content at the death is in no backup, only in the evidence."""
+    lost_count: int | None = 0
+    """How many there are; None if it could not be found out."""
+    missed: tuple[str, ...] = ()
+    """Approved changes that the restored state does not hold."""
     pid: int | None = None
     old_incarnations: tuple[str, ...] = ()
     end_mark: str = ""
@@ -172,6 +180,11 @@ class Incident:
             "reason": self.reason,
             "phase": self.phase if self.is_open else None,
             "evidence": list(self.evidence),
+            "from": list(self.chosen),
+            "state_at": self.state_at,
+            "lost": list(self.lost),
+            "lost_count": self.lost_count,
+            "missed_changes": list(self.missed),
         }
 
 
@@ -186,7 +199,7 @@ def _pack(incident: Incident) -> bytes:
 def _unpack(data: Any) -> Incident:
     raw = msgpack.unpackb(data)
     raw["steps"] = tuple(Step(**step) for step in raw["steps"])
-    for name in ("chosen", "tried", "evidence", "old_incarnations"):
+    for name in ("chosen", "tried", "evidence", "lost", "missed", "old_incarnations"):
         raw[name] = tuple(raw[name])
     return Incident(**raw)
 

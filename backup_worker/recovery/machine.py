@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backup_worker.recovery import breakers, heartbeats
-from backup_worker.recovery.adapters import Adapter, adapter_for
+from backup_worker import changes
+from backup_worker.recovery import breakers, heartbeats, notice
 from backup_worker.recovery.checkup import Checkup, examine
 from backup_worker.recovery.incident import (
-    AGAIN_AFTER_S,
     CURRENT,
     DEPEND,
     ESCALATED,
@@ -32,20 +31,18 @@ from backup_worker.recovery.incident import (
     SELECT,
     START,
     Incident,
-    IncidentStore,
     Stale,
 )
+from backup_worker.recovery.ledger import Escalation, Ledger
 from backup_worker.recovery.locks import acting_on
 from backup_worker.recovery.pacemaker import missing_dependencies
-from backup_worker.recovery.states import States
 from backup_worker.snapshots import NoSpace
-from em_bridge import streams
+from backup_worker.snapshots.errors import printable
 from em_bridge.errors import AgentBackupError, RedisUnavailable
 
 if TYPE_CHECKING:
-    from redis import Redis
-
-    from backup_worker.config import AgentConfig, Config
+    from backup_worker.config import AgentConfig
+    from backup_worker.snapshots import RestorePlan
 
 HEALTH = "health"
 """The step of an examination that an agent did not pass."""
@@ -55,6 +52,9 @@ HELD = "paused"
 
 HELD_LOOK_S = 10.0
 """A resume wakes what was held; this is for one that is lost."""
+
+NOTICE = "notice"
+"""The step of a notice that could not be left for the agent."""
 
 OPENED = "open"
 """The first step of every incident."""
@@ -66,37 +66,8 @@ SURVIVOR_WINDOW_S = 300.0
 """How far back in the heartbeats incarnations are looked up that must not count as new."""
 
 
-@dataclass(frozen=True, slots=True)
-class Escalation:
-    """Why an incident is given to a human."""
-
-    reason: str
-    hint: str = ""
-
-
-@dataclass(slots=True)
-class Recovery:
-    """The executor. `record` is told of every step and of the end; `escalate` writes the evidence and pages.
-
-    `trip` pauses recovery, for the reason that it is given.
-    """
-
-    client: Redis
-    config: Config
-    states: States
-    redis_url: str
-    record: Callable[[Incident, str, bool, str], None]
-    escalate: Callable[[Incident, Escalation], Incident]
-    trip: Callable[[str], breakers.Pause]
-
-    def now(self) -> float:
-        """Return the server's clock in Unix seconds: the hosts' own need not agree."""
-        return streams.server_time(self.client)
-
-    @property
-    def store(self) -> IncidentStore:
-        """The incidents."""
-        return IncidentStore(self.client)
+class Recovery(Ledger):
+    """The executor: one method for each phase."""
 
     def advance(self, incident_id: str) -> Incident:
         """Run the incident's phases until it waits or is closed, and return it; raises NotFound for an unknown id."""
@@ -208,7 +179,7 @@ class Recovery:
 
     def _restore(self, incident: Incident, agent: AgentConfig) -> Incident:
         kept = self.evidence_folder(incident) / f"tree-{len(incident.evidence) + 1}"
-        result = self.states.restore(
+        result, plan = self.states.restore(
             incident.agent, as_of=incident.opened_at, exclude=incident.tried, evidence=kept
         )
         evidence = (*incident.evidence, str(result.evidence)) if result.evidence else incident.evidence
@@ -217,8 +188,17 @@ class Recovery:
             f"; what stood there is in {result.evidence}" if result.evidence else "; it stood there already"
         )
         done = self._noted(replace(incident, evidence=evidence), RESTORE, True, detail)
+        done = self._with_loss(done, plan)
         # The state is chosen anew for the restore, so what was restored is what counts.
         return self._enter(done, DEPEND, chosen=result.sources, deadline=self._patience(agent))
+
+    def _with_loss(self, incident: Incident, plan: RestorePlan) -> Incident:
+        # Against what stood there at the death: later trees are those of states that were tried.
+        kept = Path(incident.evidence[0]) if incident.evidence else None
+        loss = self.states.loss(plan, kept, changes.all_changes(self.client), until=incident.opened_at)
+        lost = tuple(map(printable, (loss.lost or ())[: notice.SHOWN]))
+        count = None if loss.lost is None else len(loss.lost)
+        return replace(incident, state_at=loss.state_at, lost=lost, lost_count=count, missed=loss.missed)
 
     def _patience(self, agent: AgentConfig) -> float:
         """Return until when the agent waits for those that it needs: the death of one of them may yet be noticed."""
@@ -268,10 +248,21 @@ class Recovery:
         recent = heartbeats.survivors(self.client, incident.agent, mark, SURVIVOR_WINDOW_S)
         old = tuple(sorted({*incident.old_incarnations, *recent}))
         incident = self._keep(replace(incident, start_mark=mark, old_incarnations=old))
+        incident = self._with_notice(incident, agent)
         pid = adapter.start(redis_url=self.redis_url)
         detail = f"pid {pid}: {adapter.describe()}" if pid else adapter.describe()
         started = self._noted(replace(incident, pid=pid), START, True, detail)
         return self._enter(started, PROVE, deadline=self.now() + agent.heartbeat.verify_within)
+
+    def _with_notice(self, incident: Incident, agent: AgentConfig) -> Incident:
+        """Leave the notice before the start, for the agent to find it; a root that takes none is no reason to fail."""
+        try:
+            if notice.leave(agent.root, notice.text(incident, self.config.schedule.timezone)):
+                return incident
+            problem = f"“{notice.FILE}” in its root is not ours, and is left as it is"
+        except OSError as error:
+            problem = f"“{notice.FILE}” cannot be written: {error}"
+        return self._noted(incident, NOTICE, False, problem)
 
     def _prove(self, incident: Incident, agent: AgentConfig) -> Incident | None:
         adapter = self.adapter_of(incident.agent)
@@ -344,6 +335,7 @@ class Recovery:
         return self._noted(incident, FENCE, True, detail) if ended else incident
 
     def _recovered(self, incident: Incident) -> Incident:
+        notice.send(self.client, incident, notice.text(incident, self.config.schedule.timezone), self.now())
         detail = f"recovered from {', '.join(incident.chosen)}"
         return self._closed(replace(incident, attempts=incident.attempts + 1), RECOVERED, detail)
 
@@ -359,42 +351,6 @@ class Recovery:
         closed = self.store.save(closed, wake_at=None)
         self.store.wake(DEPEND, self.now())
         return closed
-
-    # ── small things ──────────────────────────────────────────────────────────────────────────────────────────
-
-    def _noted(self, incident: Incident, step: str, ok: bool, detail: str) -> Incident:
-        self.record(incident, step, ok, detail)
-        return incident.noted(step, self.now(), ok, detail)
-
-    def _enter(self, incident: Incident, phase: str, **changes: object) -> Incident:
-        return self._keep(incident.entering(phase, **changes))
-
-    def _keep(self, incident: Incident) -> Incident:
-        """Write the incident, to be looked at again soon if this worker does not live to go on."""
-        return self.store.save(incident, wake_at=self.now() + AGAIN_AFTER_S)
-
-    def _sleep(self, incident: Incident, until: float) -> Incident | None:
-        """Keep the phase, be woken at `until` at the latest, and end this run."""
-        self.store.save(replace(incident, resumes=0), wake_at=until)
-        return None
-
-    def adapter_of(self, name: str) -> Adapter:
-        """Return what starts and ends agent `name`; raises AgentBackupError if it has no `start`."""
-        return adapter_for(name, self.config.agents[name], self.config.schedule.state)
-
-    def evidence_folder(self, incident: Incident) -> Path:
-        """Return the folder of everything that is kept of this incident."""
-        return self.config.schedule.state / "evidence" / incident.id
-
-    def _last_beat(self) -> str:
-        return streams.last_id(self.client, streams.HEARTBEATS)
-
-    def _beats(self, mark: str) -> heartbeats.Beats:
-        return heartbeats.read(self.client, heartbeats.Beats(cursor=mark))
-
-    def _last_words(self, agent: str) -> str:
-        lines = self.adapter_of(agent).log_lines(3)
-        return " / ".join(lines) if lines else "it wrote nothing"
 
 
 def _was_held(incident: Incident) -> bool:

@@ -12,7 +12,8 @@ from backup_worker.due import IncidentDue
 from backup_worker.recovery import breakers, evidence, heartbeats
 from backup_worker.recovery.breakers import Pause
 from backup_worker.recovery.incident import FENCE, RECOVERED, Incident, IncidentStore
-from backup_worker.recovery.machine import OPENED, Escalation, Recovery
+from backup_worker.recovery.ledger import Escalation
+from backup_worker.recovery.machine import OPENED, Recovery
 from backup_worker.recovery.states import States
 from backup_worker.runtime import Runtime
 from em_bridge import streams

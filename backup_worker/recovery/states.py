@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from backup_worker.changes import Change
 from backup_worker.config import Config
+from backup_worker.recovery.loss import Loss, missed_changes
 from backup_worker.snapshots import (
     AgentFiles,
     Entry,
@@ -16,6 +19,7 @@ from backup_worker.snapshots import (
     Repository,
     RestorePlan,
     RestoreResult,
+    compare,
     execute,
     finish_interrupted,
     plan_restore,
@@ -24,6 +28,8 @@ from backup_worker.snapshots.disk import Tree, walk
 from backup_worker.snapshots.sanity import judge
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,30 @@ class States:
         """
         return plan_restore(self.repository, self.config.files_of(agent), as_of=as_of, exclude_states=exclude)
 
-    def restore(self, agent: str, *, as_of: float, exclude: Collection[str], evidence: Path) -> RestoreResult:
+    def restore(
+        self, agent: str, *, as_of: float, exclude: Collection[str], evidence: Path
+    ) -> tuple[RestoreResult, RestorePlan]:
         """Lay that state down in the agent's root; what stood there is kept in the folder `evidence` first.
 
         Raises NotFound if there is none, SnapshotError or NoSpace if it cannot be laid down (nothing has changed).
         """
         plan = self.choose(agent, as_of=as_of, exclude=exclude)
-        return execute(plan, self.config.agent(agent).root, evidence=evidence, now=clock.now())
+        result = execute(plan, self.config.agent(agent).root, evidence=evidence, now=clock.now())
+        return result, plan
+
+    def loss(self, plan: RestorePlan, kept: Path | None, known: Iterable[Change], *, until: float) -> Loss:
+        """Return what the restore of `plan` has cost, against the tree `kept` that stood there at the death.
+
+        Never fails: what cannot be found out is said to be unknown.
+        """
+        try:
+            heads = self.repository.snapshots(plan.agent.name)
+            state_at = next((head.created_at for head in heads if head.id == plan.state), None)
+            lost = compare(plan, kept).lost if kept is not None else ()
+            return Loss(state_at, lost, missed_changes(plan, heads, known, until=until))
+        except (AgentBackupError, OSError) as error:
+            log.error("what %s has lost cannot be found out: %s", plan.agent.name, error)
+            return Loss(None, None)
 
     def problems_on_disk(self, agent: str) -> list[str]:
         """Return why the files in the agent's root cannot be trusted as they are; empty if they look sane."""

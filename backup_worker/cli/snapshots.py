@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A snapshot, such as daily/2026-11-23/z.")]
 
+PROOFS_NAMED = 12
+"""Of how many agents a list names the last proven restore one by one."""
+
 
 def add_commands(app: typer.Typer) -> None:
     """Add this group's commands to `app`."""
@@ -125,12 +128,12 @@ def list_(
         if tier is not None:
             settings.tier(tier)
     zone = settings.schedule.timezone
-    emit([head.as_row() for head in heads], as_json=as_json, render=lambda _: _print_list(heads, zone))
+    emit([head.as_row() for head in heads], as_json=as_json, render=lambda _: _print_list(repo, heads, zone))
     for identifier in sorted(set(repo.ids(agent, tier)) - {head.id for head in heads}):
         fail(f"snapshot “{identifier}” cannot be read", hint=f"run `backup-worker verify {identifier}`")
 
 
-def _print_list(heads: list[Head], zone: str) -> None:
+def _print_list(repo: Repository, heads: list[Head], zone: str) -> None:
     from backup_worker.cli._common import moment, new_table, show, size
 
     if not heads:
@@ -144,7 +147,22 @@ def _print_list(heads: list[Head], zone: str) -> None:
             head.id, moment(head.created_at, zone), status, str(head.files), size(head.bytes),
             moment(head.verified_at, zone), ", ".join(notes),
         )  # fmt: skip
-    show(table)
+    show(table, _proofs(repo, sorted({head.agent for head in heads})))
+
+
+def _proofs(repo: Repository, agents: list[str]) -> str:
+    """Say when a restore of each agent was last proven by a drill; of many, only of how many, and the oldest."""
+    from backup_worker.cli._common import age
+    from backup_worker.proofs import note_of
+
+    now = clock.now()
+    notes = {agent: note_of(repo, agent) for agent in agents}
+    proven = {agent: note.proven_at for agent, note in notes.items() if note and note.proven_at is not None}
+    if len(agents) > PROOFS_NAMED:
+        oldest = f", the oldest {age(now - min(proven.values()))} ago" if proven else ""
+        return f"restore proven: {len(proven)} of {len(agents)} agents{oldest}"
+    ages = (f"{a} {age(now - proven[a])} ago" if a in proven else f"{a} never" for a in agents)
+    return f"restore proven: {', '.join(ages)}"
 
 
 def show(snapshot: IdArgument, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from backup_worker import alerts, proofs
+from backup_worker import alerts, backups, proofs
 from backup_worker.demo.pager import Pager
 from backup_worker.due import MaintenanceDue
 from backup_worker.embedded import url_file
+from backup_worker.runtime import Runtime
 from em_bridge import streams
 from em_bridge.connection import connect
 from tests.integration.parts import Part, running
@@ -76,3 +79,32 @@ def test_rot_is_found_by_the_scrub_told_fails_the_drill_and_all_is_well_again_wh
         assert note is not None
         assert (note.ok, note.proven_from) == (True, snapshot)
         assert list((tmp_path / "state" / "drills").iterdir()) == []
+
+
+def test_a_drill_that_is_killed_takes_its_health_command_along_and_the_next_one_clears_up(
+    tmp_path: Path,
+) -> None:
+    fleet = SmallFleet(tmp_path, limits={"reserve_bytes": 0})
+    runs = tmp_path / "runs"
+    # The first one hangs, any other one is well.
+    script = (
+        f"import os, time; runs = {str(runs)!r}\n"
+        "if not os.path.exists(runs): open(runs, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    health = [sys.executable, "-c", script]
+    fleet.edit("agents.json", lambda document: document["agents"]["z"].update(health=health))
+    backups.by_hand(Runtime(fleet.config), "z", "daily", now=time.time())
+    words = ("drill", "z", "--config", str(fleet.config_dir))
+    away = {"REDIS_URL": "redis://127.0.0.1:1/0"}
+    with running() as parts:
+        killed = Part(tmp_path, *words, env=away)
+        parts.append(killed)
+        until(lambda: runs.exists() and runs.read_text())
+        killed.kill()
+        hanging = int(runs.read_text())
+        until(lambda: not psutil.pid_exists(hanging) or psutil.Process(hanging).status() == "zombie", 5)
+        assert len(list((tmp_path / "state" / "drills").iterdir())) == 1
+        again = Part(tmp_path, *words, env=away)
+        parts.append(again)
+        assert again.process.wait(20) == 0
+    assert list((tmp_path / "state" / "drills").iterdir()) == []

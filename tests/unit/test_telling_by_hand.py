@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from backup_worker.cli import main
+from backup_worker.cli import main, snapshots
 from backup_worker.demo.pager import Pager
 from backup_worker.runtime import Runtime
 from tests.small_fleet import SmallFleet
@@ -135,3 +136,17 @@ def test_status_shows_the_ages_of_proofs_and_what_is_damaged_without_redis(
     code, out = command(fleet, "status")
     assert code == 1
     assert f"damaged {made[0].id}" in out
+
+
+def test_a_list_says_when_a_restore_of_each_agent_was_proven(
+    fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", NOWHERE)
+    command(fleet, "backup", "--tier", "daily")
+    command(fleet, "drill", "z")
+    out = command(fleet, "list")[1]
+    assert re.search(r"^restore proven: jay never, z \d+ s ago$", out, re.MULTILINE)
+    monkeypatch.setattr(snapshots, "PROOFS_NAMED", 1)
+    assert re.search(
+        r"^restore proven: 1 of 2 agents, the oldest \d+ s ago$", command(fleet, "list")[1], re.M
+    )

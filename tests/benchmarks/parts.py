@@ -38,7 +38,7 @@ EVENTS_PER_S = 20
 
 @contextlib.contextmanager
 def started(
-    commands: Sequence[Sequence[str]], env: Mapping[str, str], log: Path
+    commands: Sequence[Sequence[str]], env: Mapping[str, str], log: Path, *, cwd: Path | None = None
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Run programs until the end of the block."""
     processes = []
@@ -49,6 +49,7 @@ def started(
                     subprocess.Popen(
                         [sys.executable, "-m", *argv],
                         env=environment(env),
+                        cwd=cwd,
                         stdin=subprocess.DEVNULL,
                         stdout=out,
                         stderr=out,
@@ -294,7 +295,7 @@ def idle(settings: Settings) -> Iterator[Table]:
         beating = [["em_bridge", "agent", name] for name in fleet.agents]
         with (
             started([["em_bridge", "em"]], {"REDIS_URL": url}, folder / "em.log") as [em],
-            started(beating, {"REDIS_URL": url}, folder / "agents.log"),
+            started(beating, {"REDIS_URL": url}, folder / "agents.log", cwd=folder),
         ):
             time.sleep(settle_s)
             _add_idle(table, OURS, _used([tree.pid, em.pid], watch_s))

@@ -15,6 +15,7 @@ from backup_worker.demo.fleet import AGENTS, DEPENDS_ON, Fleet
 from backup_worker.demo.pager import Pager
 from backup_worker.demo.show import Show, Step, StepFailed, wait_for
 from backup_worker.due import STREAM
+from backup_worker.recovery import notice as notices
 from backup_worker.recovery import processes
 from backup_worker.recovery.incident import ESCALATED, RECOVERED, Incident, IncidentStore
 from backup_worker.recovery.plan import waves
@@ -130,8 +131,11 @@ class Demo:
             step.check(not wrong, f"these files of rick differ from the backup: {wrong}")
             evidence = [Path(place) for place in incident.evidence]
             step.check(bool(evidence) and evidence[0].is_dir(), "what stood there was not kept as evidence")
+            notice = self.fleet.root("rick") / notices.FILE
+            step.check(notice.is_file(), f"rick was not told what happened to him: {notice} is not there")
             self._print_steps(incident)
             self.show.say(f"from death to verified: {took_s:.1f} s; every file equals {incident.chosen[0]}")
+            self.show.say(f"what he lives on now, and what he has lost, he reads in {notice.name}")
             step.facts = {"seconds_from_death_to_verified": round(took_s, 2), "from": list(incident.chosen)}
 
     def _unequal(self, agent: str, sources: tuple[str, ...]) -> list[str]:
@@ -174,6 +178,7 @@ class Demo:
         """The EM dies while everybody talks; nothing is lost, doubled or out of order."""
         with self.show.step("the EM killed with -9 while agents send numbered messages") as step:
             pairs = [("z", "jay"), ("jay", "rick"), ("rick", "leroy"), ("leroy", "z")]
+            before = self._logged()
             for sender, to in pairs:
                 self.fleet.order(sender, to, MESSAGES, PER_SECOND)
             total = MESSAGES * len(pairs)
@@ -181,7 +186,7 @@ class Demo:
             died_at = self._kill("em")
             clock.sleep(1.5)
             delivered = self._delivered(pairs)
-            waiting = self._logged() - delivered
+            waiting = self._logged() - before - delivered
             step.check(waiting > 0, "the agents stopped sending when the EM died")
             self.show.say(
                 f"{delivered} of {total} messages had arrived; 1.5 s later {waiting} more waited in the log"

@@ -28,6 +28,7 @@ from em_bridge import streams
 log = logging.getLogger(__name__)
 
 PROBLEMS_SHOWN = 3
+GIVEN_UP = {"state": "escalated", "phase": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Facts:
     running: Sequence[str] | None = ()
     """Its processes; None if it is not known whether it runs."""
     repository: Path = Path("/")
+    final: bool = True
+    """False while the recovery goes on: a critical agent's first failure."""
 
     def time(self, at: float) -> str:
         """Return `at` (Unix seconds) in the schedule's zone, to be read by a human."""
@@ -94,7 +97,7 @@ def as_json(facts: Facts, host: dict[str, Any]) -> dict[str, Any]:
     """Return the facts for a machine."""
     incident = facts.incident
     return {
-        "incident": incident.summary() | {"closed_at": facts.now, "state": "escalated", "phase": None},
+        "incident": incident.summary() | (GIVEN_UP | {"closed_at": facts.now} if facts.final else {}),
         "why": facts.reason,
         "tried": list(incident.tried),
         "running": None if facts.running is None else list(facts.running),
@@ -148,6 +151,7 @@ def report(facts: Facts, host: dict[str, Any]) -> str:
                 "Last log lines", [f"    {line}" for line in facts.log_lines] or ["The agent wrote nothing."]
             ),
             _section("How to go on by hand", _commands(incident.agent)),
+            _section("Approved changes that the last restored state does not hold", _missed(incident)),
             _section("What stood in its root before each restore", _evidence(incident)),
         )
     )
@@ -164,13 +168,15 @@ def _summary(facts: Facts, host: dict[str, Any]) -> list[str]:
     free = host["repository_free_bytes"]
     room = "unknown space" if free is None else f"{free // 2**20} MiB"
     return [
-        f"# {incident.agent} could not be recovered",
+        f"# {incident.agent} "
+        + ("could not be recovered" if facts.final else "did not come back; its recovery goes on"),
         "",
         f"**Why:** {facts.reason}",
         "",
         f"- {_runs(facts.running)}",
         f"- Its files are {_files_now(incident)}.",
-        f"- Incident `{incident.id}`, opened {facts.time(incident.opened_at)}, given up {facts.time(facts.now)}.",
+        f"- Incident `{incident.id}`, opened {facts.time(incident.opened_at)}, "
+        f"{'given up' if facts.final else 'and going on at'} {facts.time(facts.now)}.",
         f"- What started it: {incident.reason or 'not said'}.",
         f"- Attempts: {incident.attempts}; states that were tried: {', '.join(incident.tried) or 'none'}.",
         f"- Host {host['name']}: load {loads} on {host['cpus']} CPUs; free: {memory}, {room} for the repository.",
@@ -228,6 +234,10 @@ def _commands(agent: str) -> list[str]:
     }
     width = max(map(len, commands))
     return [f"    {command:<{width}}   # {purpose}" for command, purpose in commands.items()]
+
+
+def _missed(incident: Incident) -> list[str]:
+    return [f"- {one}" for one in incident.missed] or ["None."]
 
 
 def _evidence(incident: Incident) -> list[str]:

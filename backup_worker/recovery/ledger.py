@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Escalation:
-    """Why an incident is given to a human."""
+    """Why an incident is given to a human; not `final`: the human is called, while the recovery goes on."""
 
     reason: str
-    hint: str = ""
+    final: bool = True
 
 
 @dataclass(slots=True)

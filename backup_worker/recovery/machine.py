@@ -313,7 +313,7 @@ class Recovery(Ledger):
     def _retry(self, incident: Incident, why: str, phase: str, *, state_failed: bool = True) -> Incident:
         """Go on with `phase`, or give up after the configured number of attempts.
 
-        A state that failed is not chosen again.
+        A state that failed is not chosen again. A critical agent calls a human at the first failure.
         """
         attempts = incident.attempts + 1
         tried = (*incident.tried, *incident.chosen[:1]) if state_failed else incident.tried
@@ -322,6 +322,9 @@ class Recovery(Ledger):
             if phase == FENCE:
                 incident = self._left_stopped(incident)
             return self._give_up(incident, f"{attempts} attempts failed; the last one: {why}")
+        if self.config.agents[incident.agent].critical:
+            # Nobody waits for the other attempts to be told; they may still bring it back.
+            incident = self.escalate(incident, Escalation(f"attempt {attempts} failed: {why}", final=False))
         return self._enter(incident, phase)
 
     def _left_stopped(self, incident: Incident) -> Incident:

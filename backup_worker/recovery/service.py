@@ -132,14 +132,20 @@ class RecoveryService:
         if step == RECOVERED:
             self.runtime.resolve(f"recovery/{incident.agent}")
             self.runtime.resolve(f"escalation/{incident.agent}")
+            self.runtime.resolve(f"attempt/{incident.agent}")
 
     def _escalate(self, incident: Incident, escalation: Escalation) -> Incident:
         folder = self._machine().evidence_folder(incident)
         report = evidence.write(folder, self._facts(incident, escalation))
-        title = f"{incident.agent} could not be recovered"
         body = f"{escalation.reason}. Everything that is known: {report}"
+        if not escalation.final:
+            title = f"{incident.agent} did not come back; its recovery goes on"
+            self.runtime.alert(f"attempt/{incident.agent}", "critical", title, body, agent=incident.agent)
+            return incident
+        title = f"{incident.agent} could not be recovered"
         self.runtime.alert(f"escalation/{incident.agent}", "critical", title, body, agent=incident.agent)
         self.runtime.resolve(f"recovery/{incident.agent}")
+        self.runtime.resolve(f"attempt/{incident.agent}")
         return replace(incident, evidence=(*incident.evidence, str(folder)))
 
     def _facts(self, incident: Incident, escalation: Escalation) -> evidence.Facts:
@@ -161,6 +167,7 @@ class RecoveryService:
             snapshots=snapshots,
             running=running,
             repository=schedule.repository,
+            final=escalation.final,
         )
 
     def _of_the_process(self, agent: str) -> tuple[list[str], list[str] | None]:

@@ -190,6 +190,38 @@ def test_an_insane_current_state_stays_on_the_record_when_there_is_no_backup_eit
     assert steps(incident) == ["open", "fence", "select!", "select!"]
 
 
+@pytest.mark.parametrize("critical", [True, False])
+def test_a_critical_agent_calls_a_human_at_its_first_failure_and_still_comes_back(
+    fleet: Fleet, critical: bool
+) -> None:
+    fleet.add("z", critical=critical, heartbeat={"stable_beats": 40})
+    fleet.backup("z")
+    fleet.set_mode("z", "die")
+    bad = fleet.backup("z")
+    opened = fleet.open("z")
+    wait_for(lambda: fleet.service.advance(opened.id).attempts == 1, "the first failure")
+    report = fleet.state / "evidence" / opened.id / "REPORT.md"
+    assert ("attempt/z" in fleet.alerts()) == report.exists() == critical
+    if critical:
+        assert "# z did not come back; its recovery goes on" in report.read_text()
+        assert f"`{bad}`" in report.read_text()
+        assert json.loads(report.with_name("incident.json").read_text())["incident"]["state"] == "open"
+    assert fleet.drive(opened.id)[0].state == RECOVERED
+    assert fleet.alerts() == []
+
+
+def test_a_critical_agent_that_cannot_be_recovered_is_escalated_once_in_the_end(fleet: Fleet) -> None:
+    fleet.add("z", mode="die", critical=True, recovery={"attempts": 2, "first_try": "current"})
+    fleet.backup("z")
+    fleet.wipe("z")
+    (fleet.root("z") / "SOUL.md").write_text("I am z.\n")
+    incident = fleet.recover("z")
+    assert incident.state == ESCALATED
+    assert fleet.alerts() == ["escalation/z"]
+    told = [line["key"] for line in fleet.history("alert")]
+    assert told == ["recovery/z", "attempt/z", "escalation/z"]
+
+
 # ── who lives ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

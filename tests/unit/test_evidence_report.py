@@ -107,3 +107,10 @@ def test_evidence_that_cannot_be_written_does_not_stop_the_page(
     (tmp_path / "z-1").write_text("in the way")
     evidence.write(tmp_path / "z-1", facts())
     assert "cannot be written" in caplog.text
+
+
+def test_approved_changes_that_the_restored_state_does_not_hold_are_in_the_report(tmp_path: Path) -> None:
+    known = facts()
+    missed = replace(known, incident=replace(known.incident, missed=("c1 (mode), approved by kari",)))
+    assert "- c1 (mode), approved by kari" in written(tmp_path, missed)
+    assert json.loads((tmp_path / "z-1" / "incident.json").read_text())["incident"]["missed_changes"]

@@ -17,6 +17,7 @@ from em_bridge.monitor import read_record
 from tests.integration.conftest import ValkeyServer
 from tests.integration.processes import Process, em_bridge, eventually
 from tests.small_fleet import SmallFleet
+from tests.tools import needs
 
 pytestmark = pytest.mark.valkey
 
@@ -28,8 +29,8 @@ def program(pytestconfig: pytest.Config) -> Path:
     """The program beside its packages, which are installed once into pytest's cache."""
     assert pytestconfig.cache is not None
     folder = Path(pytestconfig.cache.mkdir("foreign-publisher"))
-    if not (shutil.which("npm") and shutil.which("node")):
-        pytest.fail("npm and node are needed: the contract is tried from another language")
+    for tool in ("node", "npm"):
+        needs(tool, why="the contract is tried from another language")
     marker = folder / "installed"
     if not marker.exists() or marker.read_text() != " ".join(PACKAGES):
         install = [

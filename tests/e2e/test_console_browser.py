@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 
@@ -15,6 +14,7 @@ from backup_worker.recovery.incident import RECOVERED, IncidentStore
 from em_bridge import Publisher
 from tests.console_fleet import PASSWORD, World, live_through, make_world, served
 from tests.integration.conftest import ValkeyServer
+from tests.tools import needs
 
 HOSTILE = '<img src=x onerror="document.title = 1337">'
 expect.set_options(timeout=8000)
@@ -24,8 +24,9 @@ PAGES = ("/", "/backups", "/incidents", "/changes", "/history", "/alerts", "/mes
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium is not None, "these tests need Chromium: apt-get install chromium"
+    chromium = needs(
+        "chromium", "chromium-browser", "google-chrome", why="the console is driven in a real browser"
+    )
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--headless"])
         yield started

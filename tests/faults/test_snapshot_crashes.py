@@ -21,6 +21,7 @@ import pytest
 from backup_worker.snapshots import finish_interrupted, verify_snapshot
 from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves
 from tests.faults.act import act
+from tests.tools import needs
 
 CALLS = (
     "mkdir", "mkdirat", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "link", "linkat", "symlink",
@@ -32,10 +33,12 @@ CALLS = (
 SAMPLE = 12
 OPERATIONS = ("backup", "restore", "restore-inside", "prune")
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed"),
-    pytest.mark.timeout(1200),
-]
+pytestmark = pytest.mark.timeout(1200)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _strace_is_there() -> None:
+    needs("strace", why="it strikes at each system call")
 
 
 def strace(operation: str, base: Path, *options: str) -> subprocess.CompletedProcess[str]:

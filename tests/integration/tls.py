@@ -10,9 +10,12 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+from tests.tools import needs
+
 
 def certificates(folder: Path) -> tuple[Path, Path, Path]:
     """Make an authority and a certificate for localhost with openssl; return (authority, certificate, key)."""
+    needs("openssl", why="it makes the certificates")
     ca, ca_key = folder / "ca.pem", folder / "ca.key"
     cert, key, request = folder / "server.pem", folder / "server.key", folder / "server.csr"
     names = folder / "names"

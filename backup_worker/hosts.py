@@ -38,6 +38,17 @@ def queues_of(config: Config, host: str) -> list[str]:
     return [queues.name_of(kind, host) for kind in queues.OF_A_HOST]
 
 
+def unserved(client: Redis, waiting: Mapping[str, int]) -> set[str]:
+    """Return those of the queues in which jobs wait (queue -> number) that no living worker serves."""
+    found = set()
+    for queue, jobs in waiting.items():
+        workers: Any = client.smembers(f"rq:workers:{queue}") if jobs else ()
+        # A killed worker stays in that set for a while; its own key expires.
+        if jobs and not (workers and client.exists(*workers)):
+            found.add(queue)
+    return found
+
+
 def pass_on(client: Redis, job: Job, agent: str | None, hosts: Mapping[str, str]) -> str | None:
     """Send `job` to the queue of the host of `agent` if it is not there; return that queue, None if it may run here.
 

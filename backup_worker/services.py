@@ -21,7 +21,7 @@ import redis.exceptions
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from backup_worker import hosts, jobs, maintain, queues, retries, schedule, slots
+from backup_worker import alerts, backpressure, hosts, jobs, maintain, queues, retries, schedule, slots
 from backup_worker.config import Config, ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.due import BackupDue, MaintenanceDue
@@ -42,6 +42,9 @@ SLOT_TTL_S = 45 * 24 * 3600
 FORGET_ANNOUNCED_S = 60.0
 STANDSTILL_S = 5 * maintain.EVERY_S["watch"]
 """How long the regular look at everything may be missing before the scheduler raises its own voice."""
+UNSERVED_AFTER_S = 30.0
+"""For how long jobs may wait in a queue without any worker: as long as a restart of the workers takes."""
+UNSERVED_LOOK_S = 5.0
 
 
 @contextlib.contextmanager
@@ -172,6 +175,8 @@ class Scheduler:
         self._forget_at = 0.0
         self._config_ok = False
         self._stood_still = True
+        self._unserved: dict[str, float] = {}
+        self._look_at = 0.0
 
     def step(self) -> float:
         """Announce what is due now; return how many seconds to wait."""
@@ -195,6 +200,9 @@ class Scheduler:
             once = f"maintenance/{task}/{int(now // every_s)}"
             streams.append_once(self.client, MaintenanceDue(task), once=once, ttl_s=every_s * 2)
         self._tell_of_standstill(now)
+        if clock.monotonic() >= self._look_at:
+            self._look_at = clock.monotonic() + UNSERVED_LOOK_S
+            self._tell_of_unserved_queues(now)
         return TICK_S
 
     def _tell_of_broken_edit(self) -> None:
@@ -209,6 +217,21 @@ class Scheduler:
             # Only at the change to good: another scheduler may not have read the broken files yet.
             runtime.resolve("config")
             self._config_ok = True
+
+    def _tell_of_unserved_queues(self, now: float) -> None:
+        """Alert jobs that wait where nobody works: the host of an agent is down, or its name is misspelt."""
+        waiting = backpressure.lengths(self.client)
+        unserved = hosts.unserved(self.client, waiting)
+        self._unserved = {queue: self._unserved.get(queue, now) for queue in unserved}
+        runtime = Runtime(self.watch.current, self.client)
+        for queue, since in self._unserved.items():
+            if now - since >= UNSERVED_AFTER_S:
+                body = f"{waiting[queue]} jobs wait there; start `backup-worker worker` on that host"
+                runtime.alert(f"unserved/{queue}", "critical", f"nobody works on the queue {queue}", body)
+        for alert in alerts.open_alerts(self.client):
+            kind, _, queue = alert.key.partition("/")
+            if kind == "unserved" and queue not in unserved:
+                runtime.resolve(alert.key)
 
     def _tell_of_standstill(self, now: float) -> None:
         """Alert that the watch over everything else does not run, and deliver that from here.

@@ -14,18 +14,19 @@ import pytest
 import redis
 from redis import Redis
 
-from backup_worker import alerts, due, jobs, maintain, queues, slots
+from backup_worker import alerts, due, jobs, maintain, queues, services, slots
 from backup_worker.config import ConfigWatch
-from backup_worker.dispatcher import Dispatcher
+from backup_worker.dispatcher import Dispatcher, rq_job
 from backup_worker.embedded import url_file
 from backup_worker.services import STANDSTILL_S, Scheduler
 from backup_worker.snapshots import Manifest
 from backup_worker.watchdog import Watchdog
+from backup_worker.worker import make_worker
 from em_bridge import Publisher, events, streams
 from em_bridge.connection import connect
 from tests.integration.conftest import ValkeyServer
 from tests.integration.parts import Part
-from tests.integration.test_worker import work_off
+from tests.integration.test_worker import backup_of, work_off
 from tests.small_fleet import SmallFleet, until
 
 pytestmark = pytest.mark.valkey
@@ -325,6 +326,33 @@ def test_that_nothing_is_watched_any_more_is_told_by_the_scheduler_itself(
     maintain.run(fleet.runtime(house.client), "watch", now=time.time())
     scheduler.step()
     assert "standstill" not in house.alerts
+
+
+def test_jobs_that_wait_where_nobody_works_are_told_until_somebody_does(
+    house: House, fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet.edit("agents.json", lambda document: document["agents"]["z"].update(host="far"))
+    monkeypatch.setattr(services, "UNSERVED_LOOK_S", 0.0)
+    monkeypatch.setattr(services, "UNSERVED_AFTER_S", 0.2)
+    queues.open_queue("backup.far", house.client).enqueue_many([rq_job(backup_of("z"))])
+    # What is left of a worker that was killed there.
+    house.client.sadd("rq:workers:backup.far", "rq:worker:dead")
+    scheduler = house.scheduler()
+    scheduler.step()
+    assert house.alerts == {}  # its workers may just be starting
+    time.sleep(0.25)
+    scheduler.step()
+    house.scheduler().step()  # another one, which has just begun to look, does not take that back
+    assert house.alerts["unserved/backup.far"] == "critical"
+    worker = make_worker("backup.far", house.client, lambda *_: None)
+    worker.register_birth()
+    scheduler.step()
+    assert "unserved/backup.far" not in house.alerts
+    worker.register_death()
+    work_off(house.valkey, fleet, "backup.far")
+    time.sleep(0.25)
+    scheduler.step()
+    assert "unserved/backup.far" not in house.alerts  # empty
 
 
 # -- real processes ----------------------------------------------------------------------------------------------------

@@ -317,11 +317,11 @@ def test_a_job_that_no_alarm_reaches_is_killed_behind_its_time_limit_and_not_run
     monkeypatch.setattr(worker_module, "HANG_GRACE_S", 0.5)
     ours = packed("backup_worker.jobs.backup", {"tier": "daily", "slot": SLOT, "agent": "z"})
     frozen: list[int] = []
+    others = set(psutil.Process().children())
 
     def freeze() -> None:
         until(lambda: status(client, "planted") == "started")
-        children = psutil.Process().children()
-        (child,) = [one for one in children if one.pid != valkey.pid]
+        (child,) = set(psutil.Process().children()) - others
         child.suspend()
         frozen.append(child.pid)
 

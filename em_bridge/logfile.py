@@ -61,7 +61,11 @@ class Known:
                 mine.update(grown)
                 self.senders[name] = _newest(mine)
         for name, record in newer.agents.items():
-            if self.agents.get(name) != record:
+            before = self.agents.get(name)
+            if before is not None and before["declared"] and not record["declared"]:
+                # An agent's own word does not end; it can only have been lost together with the server's data.
+                continue
+            if before != record:
                 self.agents[name] = news.agents[name] = record
         return news
 

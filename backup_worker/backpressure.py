@@ -10,11 +10,10 @@ limit of a queue that is not its main one: recoveries must not wait for a backlo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backup_worker import due, queues
 from em_bridge import streams
-from em_bridge.scripts import Script
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -27,28 +26,26 @@ HELD_AT: Mapping[str, Mapping[str, int]] = {
 }
 """Stream -> kind of queue -> at how many times the limit of jobs the stream is held."""
 
-# The queues of all hosts count together. A name that is no queue of ours is somebody else's.
-_LENGTHS = Script("""
-local found = {}
-for _, key in ipairs(redis.call('SMEMBERS', KEYS[1])) do
-  local name = string.match(key, '^rq:queue:(.+)$')
-  if name and redis.call('TYPE', key).ok == 'list' then
-    found[#found + 1] = name
-    found[#found + 1] = redis.call('LLEN', key)
-  end
-end
-return found
-""")
+_PREFIX = "rq:queue:"
 
 
 def lengths(client: Redis) -> dict[str, int]:
-    """Return how many jobs wait in each queue, those of single hosts included."""
-    flat = _LENGTHS(client, ("rq:queues",))
-    found = {
-        bytes(name).decode(errors="replace"): int(n) for name, n in zip(flat[::2], flat[1::2], strict=True)
-    }
+    """Return how many jobs wait in each queue, those of single hosts included. Reads only."""
+    known: Any = client.smembers("rq:queues")
+    names = [
+        raw.decode(errors="replace").removeprefix(_PREFIX) for raw in known if raw.startswith(b"rq:queue:")
+    ]
+    ours = sorted({*queues.QUEUES, *(name for name in names if queues.kind(name) in queues.QUEUES)})
+    with client.pipeline(transaction=False) as pipeline:
+        for name in ours:
+            pipeline.llen(_PREFIX + name)
+        found = dict(zip(ours, pipeline.execute(raise_on_error=False), strict=True))
+    for answer in found.values():
+        # What is no list is not RQ's; anything else is wrong with the server.
+        if isinstance(answer, Exception) and "WRONGTYPE" not in str(answer):
+            raise answer
     return dict.fromkeys(queues.QUEUES, 0) | {
-        name: count for name, count in sorted(found.items()) if queues.kind(name) in queues.QUEUES
+        name: count for name, count in found.items() if isinstance(count, int)
     }
 
 

@@ -69,6 +69,7 @@ _RULES: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_OWN_DATA} ~backup:*",
         f"({_APPEND_ONCE} ~em:due)",
         f"({_LOOK} %R~em:*)",
+        "(+smembers +llen +exists %R~rq:*)",
     ),
     "watchdog": (
         f"{_CONNECT} +time",

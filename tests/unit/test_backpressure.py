@@ -58,7 +58,13 @@ def test_the_queues_of_all_hosts_are_counted_and_foreign_keys_are_not() -> None:
     client.set("rq:queue:maintenance", "no list")
     names = ("backup", "recovery.one", "recovery.two", "stranger", "maintenance")
     client.sadd("rq:queues", "nonsense", b"rq:queue:\xff", *(f"rq:queue:{name}" for name in names))
-    assert lengths(client) == {"recovery": 0, "backup": 2, "maintenance": 0, "recovery.one": 1}
+    assert lengths(client) == {
+        "recovery": 0,
+        "backup": 2,
+        "maintenance": 0,
+        "recovery.one": 1,
+        "recovery.two": 0,
+    }
 
 
 def ttl_of(event: events.Event, log_days: float = 7) -> int:

@@ -189,6 +189,19 @@ def test_a_supervisor_that_cannot_be_asked_never_means_dead(kept: Kept) -> None:
 
 
 @only_supervised
+def test_one_without_a_name_in_its_environment_is_known_by_its_supervisor(kept: Kept) -> None:
+    agent = kept.place.agent(FAMILY)
+    kept.supervisor.keep("z", list(agent.command), agent.root, {})
+    adapter = kept.again()
+    kept.start(adapter, ready=3)
+    running = adapter.running()
+    assert {one.pid for one in running} == set(kept.place.pids)
+    assert adapter.strangers(running) == []
+    adapter.stop(term_grace_s=0.5)
+    assert kept.place.alive() == []
+
+
+@only_supervised
 def test_what_the_supervisor_does_not_know_is_never_taken_for_dead(kept: Kept) -> None:
     kept.adapter()
     start = {kind: {**facts} for kind, facts in kept.supervisor.start_of("z").items()}

@@ -153,6 +153,14 @@ def test_a_change_that_the_em_approved_and_that_killed_the_agent_is_named(fleet:
     assert "approved by kari" in named
 
 
+def test_a_message_that_is_sent_again_after_a_crash_is_there_once(fleet: Fleet) -> None:
+    incident = Incident("z-1", "z", NOW)
+    for _ in range(2):
+        notice.send(fleet.client, incident, "you were recovered", NOW)
+    notice.send(fleet.client, Incident("z-2", "z", NOW), "again", NOW)
+    assert [(one.seq, one.payload) for one in messages(fleet)] == [(1, b"you were recovered"), (2, b"again")]
+
+
 # ── the text and the file ───────────────────────────────────────────────────────────────────────────────────────
 
 

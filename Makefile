@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK_OPTIONS := --quiet --universal --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: setup demo up test lint bench lock clean help
+.PHONY: setup demo up test faults lint bench lock clean help
 
 help: ## Show what there is to do
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ up: setup ## Run every part on this machine, on an embedded Valkey
 
 test: setup ## Run all tests
 	$(BIN)/python -m tests
+
+faults: setup ## Kill and starve backup, restore, prune and healing at every system call, and say at how many
+	FAULTS=all $(BIN)/python -m pytest -s tests/faults/test_snapshot_crashes.py
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -168,6 +168,23 @@ class Heartbeat(Model):
     )
 
 
+class BackupHook(Model):
+    """A command that is run around a backup of the agent."""
+
+    command: Command = Field(
+        title="list of a program and its arguments",
+        description="Run in the agent's root with AGENT_ID and AGENT_ROOT set; it must exit 0.",
+        examples=[["python3", "flush.py"]],
+    )
+    timeout: float = Field(
+        60,
+        title="number of seconds",
+        description="How long it may take before it is killed, and counts as failed.",
+        examples=[60],
+        gt=0,
+    )
+
+
 class AgentConfig(Model):
     """One agent: where it lives, what belongs to it, how it is started and what it needs."""
 
@@ -219,6 +236,18 @@ class AgentConfig(Model):
         examples=[True],
     )
     heartbeat: Heartbeat = Field(default_factory=Heartbeat, title="map", description="What counts as alive.")
+    before_backup: BackupHook | None = Field(
+        None,
+        title="map with a command",
+        description="Run before the agent's files are copied; if it fails, there is no backup.",
+        examples=[{"command": ["python3", "flush.py"], "timeout": 60}],
+    )
+    after_backup: BackupHook | None = Field(
+        None,
+        title="map with a command",
+        description="Run when the files have been copied, and also if that failed or before_backup did.",
+        examples=[{"command": ["python3", "resume.py"], "timeout": 60}],
+    )
     health: Command | None = Field(
         None,
         title="list of a program and its arguments",

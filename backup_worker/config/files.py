@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from backup_worker.config import checks, document
-from backup_worker.config.agents import AgentConfig, AgentsFile
+from backup_worker.config.agents import AgentConfig, AgentsFile, BackupHook
 from backup_worker.config.explain import InvalidConfig, Problem, explain, suggestion
 from backup_worker.config.fields import Model
 from backup_worker.config.schedule import Schedule, Tier
@@ -62,13 +62,17 @@ class Config:
 
         Our own notice of a recovery is never part of it, else the next state would differ by it.
         """
-        from backup_worker.snapshots import AgentFiles
+        from backup_worker.snapshots import AgentFiles, Hook
+
+        def hook(wanted: BackupHook | None) -> Hook | None:
+            return Hook(tuple(wanted.command), wanted.timeout) if wanted is not None else None
 
         agent = self.agent(name)
         exclude = [*agent.exclude, *NOTICES]
         return AgentFiles(
-            name=name, root=agent.root, files=agent.files, required=agent.required, exclude=exclude
-        )
+            name=name, root=agent.root, files=agent.files, required=agent.required, exclude=exclude,
+            before_backup=hook(agent.before_backup), after_backup=hook(agent.after_backup),
+        )  # fmt: skip
 
     def retention(self) -> dict[str, Policy]:
         """Return by tier which snapshots the engine is to keep."""

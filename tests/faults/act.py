@@ -8,7 +8,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from backup_worker.snapshots import Policy, execute, finish_interrupted, plan_prune, plan_restore, prune, swap
+from backup_worker.snapshots import (
+    Policy,
+    execute,
+    finish_interrupted,
+    heal_snapshot,
+    plan_prune,
+    plan_restore,
+    prune,
+    swap,
+)
+from backup_worker.snapshots.take import taking
+from backup_worker.snapshots.together import together
 from em_bridge.errors import AgentBackupError
 from tests.agent_on_disk import NOON, Place
 
@@ -21,6 +32,22 @@ def act(operation: str, place: Place) -> None:
         place.take(slot="new", now=NOON + 100, unchanged="link", on_taken="return")
     elif operation == "prune":
         prune(place.repo, plan_prune(place.repo, POLICIES, now=NOON + 100))
+    elif operation == "several":
+        works = (
+            (
+                number,
+                taking(
+                    each.repo, each.agent, tier="daily", slot="new", include=["*"], unchanged="link", now=NOON + 100,
+                    reason="test", on_taken="return",
+                ),
+            )
+            for number, each in enumerate((place, Place(place.base, "zoe")))
+        )  # fmt: skip
+        for outcome in together(works):
+            if outcome.error is not None:
+                raise outcome.error
+    elif operation == "heal":
+        heal_snapshot(place.repo, "daily/s3/z", NOON + 100)
     elif operation in ("restore", "restore-inside"):
         if operation == "restore-inside":
             swap.choose = swap.inside

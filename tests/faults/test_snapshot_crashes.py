@@ -26,7 +26,7 @@ from tests.tools import needs
 CALLS = (
     "mkdir", "mkdirat", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "link", "linkat", "symlink",
     "symlinkat", "write", "pwrite64", "ftruncate", "fsync", "fdatasync", "syncfs", "chmod", "fchmod", "fchmodat",
-    "chown", "fchownat", "utimensat", "flock",
+    "chown", "fchown", "fchownat", "copy_file_range", "setxattr", "fsetxattr", "utimensat", "flock",
 )  # fmt: skip
 """Every call by which the engine changes a disk; between two of them nothing changes."""
 
@@ -86,8 +86,9 @@ def strike_everywhere(
     inject: str,
     judge: Callable[[Place, int, str], None],
     sample: int = SAMPLE,
+    prepared: Callable[[Path], Place] | None = None,
 ) -> None:
-    template = prepare(tmp_path / "template").base
+    template = (prepared or prepare)(tmp_path / "template").base
     shutil.copytree(template, tmp_path / "counted", symlinks=True)
     points = points_of(operation, count_calls(operation, tmp_path / "counted"), sample)
 
@@ -211,6 +212,51 @@ def test_a_restore_inside_a_mount_point_killed_anywhere_can_be_finished(tmp_path
 
 def test_a_prune_killed_anywhere_deletes_whole_snapshots_or_none(tmp_path: Path) -> None:
     strike_everywhere("prune", tmp_path, "signal=SIGKILL", after_a_killed_prune)
+
+
+def prepare_two(base: Path) -> Place:
+    place = prepare(base)
+    Place(base, "zoe").fill()
+    return place
+
+
+def test_backups_that_wait_together_killed_anywhere_leave_only_whole_snapshots(tmp_path: Path) -> None:
+    def judge(place: Place, code: int, said: str) -> None:
+        assert code in (0, -9, 137), said
+        only_whole_snapshots(place)
+        found = {(head.agent, head.slot) for head in place.repo.snapshots()}
+        assert found >= {("z", f"s{number}") for number in range(4)}
+        act("several", place)
+        found = {(head.agent, head.slot) for head in place.repo.snapshots()}
+        assert found >= {("z", "new"), ("zoe", "new")}
+        only_whole_snapshots(place)
+        assert os.listdir(place.repo.hidden / "staging") == []
+
+    strike_everywhere("several", tmp_path, "signal=SIGKILL", judge, prepared=prepare_two)
+
+
+def prepare_rot(base: Path) -> Place:
+    place = prepare(base)
+    place.take(tier="weekly", slot="w", now=NOON - 1)
+    place.write("memory/notes.md", "memory number 3\n" * 30)
+    place.take(tier="weekly", slot="x", now=NOON + 5)
+    file = place.stored("daily/s3/z", "memory/notes.md")
+    file.write_bytes(file.read_bytes().replace(b"3", b"4", 1))
+    return place
+
+
+def test_healing_killed_anywhere_leaves_each_file_damaged_or_sound(tmp_path: Path) -> None:
+    def judge(place: Place, code: int, said: str) -> None:
+        assert code in (0, -9, 137), said
+        assert {problem.path for problem in verify_snapshot(place.repo, "daily/s3/z", NOON)} <= {
+            "memory/notes.md"
+        }
+        act("heal", place)
+        only_whole_snapshots(place)
+        place.repo.sweep()
+        assert os.listdir(place.repo.hidden / "staging") == []
+
+    strike_everywhere("heal", tmp_path, "signal=SIGKILL", judge, prepared=prepare_rot)
 
 
 # -- starved -------------------------------------------------------------------------------------------------

@@ -279,5 +279,6 @@ def worker(config_dir: Path, url: str | None, queue: str) -> None:
 
 def default_processes(config: Config, host: str) -> dict[str, int]:
     """Return how many worker processes each queue gets by default on `host`, with those of its own agents."""
-    plain = {queues.RECOVERY: 2, queues.BACKUP: 2, queues.MAINTENANCE: 1}
+    # Two for maintenance: a page must not wait behind a long scrub or drill.
+    plain = {queues.RECOVERY: 2, queues.BACKUP: 2, queues.MAINTENANCE: 2}
     return plain | {queue: plain[queues.kind(queue)] for queue in hosts.queues_of(config, host)}

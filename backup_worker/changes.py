@@ -13,13 +13,14 @@ the word of the EM in `approved_by` counts for nothing.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 import redis.exceptions
 
 from em_bridge import events, streams
-from em_bridge.errors import InvalidEvent, NotFound
+from em_bridge.errors import InvalidEvent, NotFound, UsageError
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -193,3 +194,22 @@ def judge(
     decided = record.decided_entry and streams.id_order(record.decided_entry) < streams.id_order(entry_id)
     who = (record.decided_by if record.decision == APPROVED else None) if decided else event.approved_by
     return (True, who) if who and who != author else (False, None)
+
+
+def check_decision(known: Change, who: str, *, yes: bool, signers: Path) -> None:
+    """Raise UsageError, with what to do instead, if `who` may not decide the change now (`yes`: approve it).
+
+    `signers` is the file of those whose signatures count; while it exists, nobody approves by name alone.
+    """
+    if known.decision or known.state == APPLIED:
+        done = f"{known.decision} by {known.decided_by}" if known.decision else "applied"
+        raise UsageError(
+            f"change “{known.change}” is already {done}", hint="a new change needs a new proposal"
+        )
+    if known.by == who:
+        raise UsageError(f"“{who}” proposed change “{known.change}”", hint="somebody else has to decide it")
+    if yes and signers.exists():
+        raise UsageError(
+            f"“{signers}” exists, and an approval by name alone does not count then",
+            hint="remove that file to go on with approvals by name",
+        )

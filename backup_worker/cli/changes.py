@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from em_bridge.errors import UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
 
 if TYPE_CHECKING:
@@ -108,16 +107,7 @@ def _decide(
     runtime = open_runtime(config, redis_url)
     who = by or getpass.getuser()
     known = changes.get(runtime.redis, change)
-    if known.decision or known.state == changes.APPLIED:
-        done = f"{known.decision} by {known.decided_by}" if known.decision else "applied"
-        raise UsageError(f"change “{change}” is already {done}", hint="a new change needs a new proposal")
-    if known.by == who:
-        raise UsageError(f"“{who}” proposed change “{change}”", hint="somebody else has to decide it")
-    if yes and runtime.config.allowed_signers.exists():
-        raise UsageError(
-            f"“{runtime.config.allowed_signers}” exists, and an approval by name alone does not count then",
-            hint="approve with a signature, or remove that file",
-        )
+    changes.check_decision(known, who, yes=yes, signers=runtime.config.allowed_signers)
     publisher = Publisher(runtime.redis)
     publish = publisher.config_approved if yes else publisher.config_rejected
     entry = publish(change=change, by=who, reason=reason)

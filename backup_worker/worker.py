@@ -36,6 +36,7 @@ from rq.worker import Worker
 from backup_worker import queues, retries
 from backup_worker.health import Mark
 from backup_worker.supervisor import PR_SET_PDEATHSIG
+from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -147,6 +148,14 @@ class BackupWorker(Worker):
             # The parent died before prctl took effect.
             os._exit(1)
         super().main_work_horse(job, queue)
+
+    def handle_exception(self, job: Job, *exc_info: Any) -> None:
+        """Have a failed job judged. Of an error that was raised on purpose, the policy's one line says it all."""
+        if isinstance(exc_info[1], AgentBackupError):
+            for handler in self._exc_handlers:
+                handler(job, *exc_info)
+        else:
+            super().handle_exception(job, *exc_info)
 
 
 class FailurePolicy:

@@ -209,10 +209,11 @@ def test_a_job_whose_children_are_killed_again_and_again_fails_loudly(
 
 
 def test_a_lasting_error_is_told_at_once_and_not_tried_again(
-    valkey: ValkeyServer, client: Redis, fleet: SmallFleet
+    valkey: ValkeyServer, client: Redis, fleet: SmallFleet, capfd: pytest.CaptureFixture[str]
 ) -> None:
     job_id = enqueue(client, backup_of("nobody"))
     work_off(valkey, fleet)
+    assert "Traceback" not in capfd.readouterr().err
     assert status(client, job_id) == "failed"
     (line,) = fleet.history("backup-failed")
     assert "nobody" in line["error"]

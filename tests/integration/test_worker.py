@@ -209,15 +209,24 @@ def test_a_job_whose_children_are_killed_again_and_again_fails_loudly(
 
 
 def test_a_lasting_error_is_told_at_once_and_not_tried_again(
-    valkey: ValkeyServer, client: Redis, fleet: SmallFleet, capfd: pytest.CaptureFixture[str]
+    valkey: ValkeyServer, client: Redis, fleet: SmallFleet
 ) -> None:
     job_id = enqueue(client, backup_of("nobody"))
     work_off(valkey, fleet)
-    assert "Traceback" not in capfd.readouterr().err
     assert status(client, job_id) == "failed"
     (line,) = fleet.history("backup-failed")
     assert "nobody" in line["error"]
     assert failures(client) == ["backup/daily/nobody"]
+
+
+def test_an_expected_failure_is_one_line_in_the_log(
+    valkey: ValkeyServer, client: Redis, fleet: SmallFleet, parts: list[Part]
+) -> None:
+    part = start_worker(parts, valkey, fleet)
+    job_id = enqueue(client, backup_of("nobody"))
+    until(lambda: status(client, job_id) == "failed")
+    part.says("there is no agent “nobody”")
+    assert "Traceback" not in part.log
 
 
 def waits_until(client: Redis) -> float:

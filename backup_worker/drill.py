@@ -49,6 +49,9 @@ from em_bridge.errors import AgentBackupError, NotFound
 RUN_S = 60.0
 """After how many seconds a scheduled run begins no further drill: other maintenance waits meanwhile."""
 
+ARRIVING_S = 600.0
+"""How long a new agent may take until each scheduled tier has a snapshot: one alone need not be a whole state."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drill:
@@ -272,6 +275,8 @@ def plan(config: Config, repo: Repository, heads: Sequence[Head], *, now: float,
     for agent in config.agents.keys() & first.keys():
         note = note_of(repo, agent)
         if note is None:
+            if _is_arriving(config, heads, agent, now):
+                continue
             items.append(rolling.Item(agent, first[agent], period_s * rolling.SPREAD))
         elif note.ok:
             items.append(rolling.after_success(agent, note.tried_at, period_s))
@@ -281,6 +286,13 @@ def plan(config: Config, repo: Repository, heads: Sequence[Head], *, now: float,
             sooner = newest[agent] if newest[agent] > note.tried_at else again.due_at
             items.append(replace(again, due_at=min(again.due_at, sooner)))
     return rolling.choose(items, now=now, every_s=every_s)
+
+
+def _is_arriving(config: Config, heads: Sequence[Head], agent: str, now: float) -> bool:
+    """Tell whether a new agent's first round of snapshots, one in each scheduled tier, is still being made."""
+    mine = [head for head in heads if head.agent == agent]
+    scheduled_tiers = {name for name, tier in config.schedule.tiers.items() if tier.cron}
+    return bool(scheduled_tiers - {head.tier for head in mine}) and now - mine[0].created_at < ARRIVING_S
 
 
 def scheduled(runtime: Runtime, now: float, *, every_s: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -301,6 +302,20 @@ def test_agents_are_drilled_one_after_the_other_the_oldest_first(fleet: SmallFle
 
 def test_an_agent_without_any_snapshot_is_not_drilled(runtime: Runtime) -> None:
     assert maintain.run(runtime, "drill", now=SEVEN) == {"drilled": [], "failed": []}
+
+
+def test_a_new_agent_is_drilled_when_each_scheduled_tier_has_its_first_snapshot(runtime: Runtime) -> None:
+    tier = runtime.config.schedule.tiers["daily"]
+    tiers = runtime.config.schedule.tiers | {"weekly": tier}
+    schedule = runtime.config.schedule.model_copy(update={"tiers": tiers})
+    config = dataclasses.replace(runtime.config, schedule=schedule)
+    take(runtime, "z", now=SEVEN)
+
+    def chosen(now: float) -> list[str]:
+        return drill.plan(config, runtime.repository, runtime.repository.snapshots(), now=now, every_s=600)
+
+    assert chosen(SEVEN + 10) == []
+    assert chosen(SEVEN + 700) == ["z"]
 
 
 def test_a_failed_drill_is_made_again_when_there_is_a_newer_snapshot_or_the_next_day(

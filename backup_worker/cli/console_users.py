@@ -20,7 +20,7 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The user's na
 
 def add_commands(app: typer.Typer) -> None:
     """Add this group's commands to `app`."""
-    users = group(app, "user", "Who may log in to the console.")
+    users = group(app, "user", "Who may log in to the console. Example: `backup-worker user add kari`")
     users.command()(add)
     users.command("list")(list_users)
     users.command()(remove)

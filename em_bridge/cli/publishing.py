@@ -16,7 +16,11 @@ ReasonOption = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why
 
 def add_commands(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
-    publish = terminal.group(app, "publish", "Tell the fleet: an agent's state, an applied change.")
+    publish = terminal.group(
+        app,
+        "publish",
+        "Tell the fleet: an agent's state, an applied change. Example: `em-bridge publish state rick DEAD`",
+    )
     publish.command("state")(publish_state)
     publish.command("change")(publish_change)
     app.command()(send)

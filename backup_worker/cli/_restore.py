@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from zoneinfo import ZoneInfo
 
 import typer
 
-from em_bridge import clock
 from em_bridge.errors import AgentBackupError, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
 
 if TYPE_CHECKING:
     from backup_worker.config import Config
-    from backup_worker.snapshots import Repository, RestorePlan, RestoreResult
-    from backup_worker.snapshots.together import Work
+    from backup_worker.snapshots import RestorePlan
 
 
 def restore(
@@ -53,6 +50,7 @@ def restore(
     """
     from backup_worker.cli._many import lay_down
     from backup_worker.cli.snapshots import opened
+    from backup_worker.restores import Restore
 
     settings, repo, history = opened(config)
     names = list(dict.fromkeys(agents))
@@ -64,8 +62,8 @@ def restore(
         )
     moment = parse_time(as_of, settings.schedule.timezone) if as_of is not None else None
     jobs = [
-        _Job(settings, repo, name, _target(settings, name, to, several=len(names) > 1), to is None, moment, from_id,
-             tuple(paths or ()))
+        Restore(settings, repo, name, _target(settings, name, to, several=len(names) > 1), to is None, moment,
+                from_id, tuple(paths or ()), _passed_over)
         for name in names
     ]  # fmt: skip
     if dry_run:
@@ -102,84 +100,8 @@ def _target(config: Config, name: str, to: Path | None, *, several: bool) -> Pat
     return to / name if several else to
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The restore of one agent: where to, and of which state."""
-
-    config: Config
-    repo: Repository
-    name: str
-    target: Path
-    in_place: bool
-    as_of: float | None
-    from_id: str | None
-    paths: tuple[str, ...]
-
-    def plan(self, *, proven: bool = True) -> RestorePlan:
-        """Plan it now; raises as `plan_restore`."""
-        from backup_worker.snapshots import plan_restore
-
-        return plan_restore(
-            self.repo, self.config.files_of(self.name), as_of=self.as_of, from_id=self.from_id, paths=self.paths,
-            proven=proven,
-        )  # fmt: skip
-
-    def check(self) -> None:
-        """Refuse what has no state, what would write over a living agent, or into a folder with something else."""
-        self.plan(proven=False)
-        if self.in_place:
-            self.refuse_living()
-        elif self.target.is_dir() and any(self.target.iterdir()):
-            raise UsageError(
-                f"“{self.target}” is not empty", hint="restore into a new folder, and copy from there"
-            )
-
-    def refuse_living(self) -> None:
-        """Raise AgentBackupError if a process of the agent is alive, or nobody can say whether one is."""
-        from backup_worker.recovery.adapters import adapter_for
-        from backup_worker.recovery.processes import find
-
-        agent, state = self.config.agent(self.name), self.config.schedule.state
-        if agent.start is None:
-            running = find(self.name, self.target, state=state)
-        else:
-            running = adapter_for(self.name, agent, state).running()
-        if running:
-            raise AgentBackupError(
-                f"“{self.name}” is running: {running[0]}; a living agent is never overwritten",
-                hint=f"stop it first, or let `backup-worker recover {self.name}` do it all, "
-                "or restore elsewhere with --to DIR",
-            )
-
-    def work(self) -> Work[RestoreResult]:
-        """Carry out while no recovery can start the agent; it may have been started since the first look."""
-        from backup_worker.recovery.locks import acting_on
-
-        if not self.in_place:
-            return (yield from self._restored(None))
-        with acting_on(self.name, self.config.schedule.state) as held:
-            if not held:
-                raise AgentBackupError(
-                    f"a recovery of “{self.name}” is at work",
-                    hint="wait for it: see `backup-worker incidents`; or restore elsewhere with --to DIR",
-                )
-            self.refuse_living()
-            stamp = datetime.datetime.fromtimestamp(clock.now(), datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-            name = f"restore-{self.name}-{stamp}"
-            return (yield from self._restored(self.config.schedule.state / "evidence" / name))
-
-    def _restored(self, evidence: Path | None) -> Work[RestoreResult]:
-        from backup_worker.snapshots import DamagedSnapshot, restoring
-
-        while True:
-            # Not read beforehand: what is laid down is read back and compared, and that finds damage too.
-            plan = self.plan(proven=self.from_id is not None)
-            try:
-                return (yield from restoring(plan, self.target, evidence=evidence, now=clock.now()))
-            except DamagedSnapshot as error:
-                if self.from_id is not None:
-                    raise
-                fail(error.message, hint="the next older state is taken")
+def _passed_over(error: AgentBackupError) -> None:
+    fail(error.message, hint="the next older state is taken")
 
 
 def _describe(plan: RestorePlan, target: Path) -> dict[str, Any]:

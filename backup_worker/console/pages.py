@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 
 from flask import Blueprint, render_template, request
 
-from backup_worker import alerts, changes
-from backup_worker.console import fleet, proposals, slots, traffic
+from backup_worker import alerts, changes, proposals
+from backup_worker.console import fleet, slots, traffic
 from backup_worker.console.fleet import status_of
 from backup_worker.console.live import view
 from backup_worker.recovery.incident import IncidentStore

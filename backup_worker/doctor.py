@@ -114,7 +114,7 @@ def _agent(name: str, agent: AgentConfig, state: Path) -> Iterator[Check]:
         mend = "restore it, or correct what is required: until then every snapshot is suspect"
         yield Check(check, "fail", "; ".join(faults), mend)
     else:
-        yield Check(check, "ok", f"{agent.root} is readable, {len(agent.required)} required files are there")
+        yield Check(check, "ok", f"{agent.root} is readable; required and there: {len(agent.required)}")
     yield from _start(name, agent, state)
 
 

@@ -1,120 +1,129 @@
 """Find the agents of a fleet that exists already, and propose how each is protected.
 
 Reads folders and names, changes nothing. Every decision that a person may want to change is in what it returns: the
-classes with their patterns, what is required, what is left out, and remarks. Folders that cannot be read are remarked
-on, not skipped in silence.
+agents with their classes and remarks, and the folders that were passed over, with the reason. Folders that cannot be
+read are remarked on, not skipped in silence. What an agent depends on and how it is started is not guessed.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SOUL = "SOUL.md"
-USUAL: dict[str, tuple[str, ...]] = {
-    "charter": ("SOUL.md", "IDENTITY.md", "AGENTS.md", "USER.md", "TOOLS.md", "HEARTBEAT.md"),
-    "weights": ("*weights*.json",),
-    "rules": ("rules/**", "RULES.md"),
-    "memory": ("memory/**", "MEMORY.md"),
-    "skills": ("skills/**",),
-}
-"""The classes and where agents usually keep them. A pattern that matches nothing yet costs nothing, and what appears
-there later is protected from then on."""
+from backup_worker.fleet_files import CHARTER, EXCLUDED, SOUL, Found, class_of_folder, is_passing, propose
+from backup_worker.snapshots.repository import HIDDEN
 
-EXCLUDED = (
-    "**/__pycache__/**", "**/node_modules/**", "**/.venv/**", "**/venv/**", "**/.cache/**", "**/.mypy_cache/**",
-    "**/.pytest_cache/**", "**/.ruff_cache/**", "*.lock", "*.sock", "*.pid", "*.tmp", "*.outbox*",
-)  # fmt: skip
-_SKIPPED = frozenset(
-    (
-        "__pycache__",
-        "node_modules",
-        ".venv",
-        "venv",
-        ".cache",
-        ".git",
-        ".mypy_cache",
-        ".pytest_cache",
-        ".ruff_cache",
-    )
+_OWN = frozenset(("memory", "rules", "skills"))
+"""Classes of folders in which a SOUL.md is a note or a copy, and makes no agent."""
+
+_RUNTIME = "openclaw.json"
+"""The settings of an OpenClaw installation: beside it lie the workspaces, and state that is in none of them."""
+
+_GENERIC = frozenset(("agent", "agents", "data", "home", "root", "src", "workspace", "workspaces"))
+_PREFIX = re.compile(r"(?:agent|workspace)[-_.](?=.)", re.IGNORECASE)
+_NO_LIVING = re.compile(
+    r"(?:^|[-_. ])(?:archived?|backups?|bak|copy|examples?|old|samples?|templates?|trash)(?:$|[-_. ])", re.I
 )
-_OWN = frozenset(("rules", "memory", "skills"))
-"""Folders of an agent in which a SOUL.md is a note or a copy, and makes no agent."""
-
-_MOST_WEIGHTS = 20
 
 
-@dataclass(slots=True)
-class Found:
-    """One agent that was found, and what was decided for it; `counts` is how many files each class has now."""
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A folder of the fleet that belongs to no agent although it may matter, and why."""
 
-    agent: str
-    root: Path
-    files: dict[str, list[str]]
-    required: list[str]
-    exclude: list[str]
-    counts: dict[str, int]
-    critical: bool = False
-    remarks: list[str] = field(default_factory=list)
+    path: Path
+    why: str
 
     def as_json(self) -> dict[str, Any]:
         """Return it as a map for `--json`."""
-        return {
-            "agent": self.agent,
-            "root": str(self.root),
-            "files": self.files,
-            "found": self.counts,
-            "required": self.required,
-            "exclude": self.exclude,
-            "critical": self.critical,
-            "remarks": self.remarks,
-        }
+        return {"path": str(self.path), "why": self.why}
 
 
-def discover(fleet: Path) -> list[Found]:
-    """Return an agent for `fleet` and every folder below it that holds a SOUL.md, by their paths."""
-    unreadable: list[str] = []
-    roots = list(_roots(fleet, unreadable))
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found in a fleet."""
+
+    agents: list[Found]
+    passed_over: list[PassedOver]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one walk through the fleet has met."""
+
+    roots: list[Path]
+    passed_over: list[PassedOver]
+    unreadable: list[Path]
+
+
+def discover(fleet: Path, ours: Collection[Path] = ()) -> Survey:
+    """Return an agent for `fleet` and every folder below it that holds a SOUL.md, by their paths.
+
+    Repositories hold copies, not agents, and are left out; so are the folders `ours` (evidence holds copies too).
+    """
+    seen = _walk(fleet, ours)
     taken: set[str] = set()
-    found = []
-    for root in roots:
-        name = _agent_id(root, taken)
+    agents = []
+    for root in seen.roots:
+        name = _agent_id(root, fleet, taken)
         taken.add(name.lower())
         inner = [
             other.relative_to(root).as_posix()
-            for other in roots
+            for other in seen.roots
             if other != root and other.is_relative_to(root)
         ]
-        one = _propose(name, root, inner)
-        one.remarks += [f"cannot be read: {path}" for path in unreadable if Path(path).is_relative_to(root)]
-        found.append(one)
-    return found
+        one = propose(name, root, inner)
+        one.remarks += [f"cannot be read: {path}" for path in seen.unreadable if path.is_relative_to(root)]
+        if any(_NO_LIVING.search(part) for part in root.relative_to(fleet).parts):
+            one.remarks.append(
+                "its path looks like that of a copy or a template: if nobody lives there, remove it"
+            )
+        agents.append(one)
+    return Survey(agents, seen.passed_over)
 
 
-def _roots(fleet: Path, unreadable: list[str]) -> Iterator[Path]:
-    for folder, folders, files in os.walk(
-        fleet, onerror=lambda error: unreadable.append(str(error.filename))
-    ):
-        is_agent = SOUL in files
+def _walk(fleet: Path, ours: Collection[Path]) -> _Seen:
+    seen = _Seen([], [], [])
+    for here, folders, files in os.walk(fleet, onerror=lambda e: seen.unreadable.append(Path(e.filename))):
+        folder = Path(here)
+        if HIDDEN in folders or folder in ours:
+            folders.clear()
+            continue
+        is_agent = any(name.lower() == SOUL.lower() for name in files)
         if is_agent:
-            yield Path(folder)
+            seen.roots.append(folder)
+        elif not any(folder.is_relative_to(root) for root in seen.roots):
+            seen.passed_over.extend(PassedOver(folder, why) for why in _matters(folders, files))
         folders[:] = sorted(
             name
             for name in folders
-            if name not in _SKIPPED
-            and not (is_agent and name in _OWN)
-            and not os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))
+            if name != ".git"
+            and not is_passing(f"{name}/x", EXCLUDED)
+            and not (is_agent and class_of_folder(name) in _OWN)
+            and not os.path.exists(os.path.join(here, name, "pyvenv.cfg"))
         )
+    return seen
 
 
-def _agent_id(root: Path, taken: Iterable[str]) -> str:
-    names = [part for part in (_identifier(part) for part in reversed(root.parts)) if part]
-    name = names[0] if names else "agent"
+def _matters(folders: Iterable[str], files: Iterable[str]) -> Iterator[str]:
+    """Say why a folder without a SOUL.md should not be forgotten, if so."""
+    if _RUNTIME in files:
+        state = [name for name in ("agents", "credentials", "memory") if name in folders]
+        also = f" and {', '.join(state)}" if state else ""
+        yield f"{_RUNTIME}{also} are beside the workspaces: settings, sessions and logins are in no agent's backup"
+        return
+    signs = [name for name in sorted(files) if name in CHARTER or name == "MEMORY.md"]
+    signs += [f"{name}/" for name in sorted(folders) if class_of_folder(name) in _OWN]
+    if len(signs) > 1:
+        yield f"looks like an agent ({', '.join(signs)}), but has no {SOUL}"
+
+
+def _agent_id(root: Path, fleet: Path, taken: Iterable[str]) -> str:
+    names = list(_names(root, fleet)) or ["agent"]
+    name = names[0]
     if name.lower() in ("em", "execution-manager", "execution_manager"):
         name = "em"
     if name.lower() in taken and len(names) > 1:
@@ -126,81 +135,14 @@ def _agent_id(root: Path, taken: Iterable[str]) -> str:
     return candidate
 
 
-def _identifier(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_")[:63]
-
-
-def _propose(name: str, root: Path, inner: list[str]) -> Found:
-    exclude = [*EXCLUDED, *(f"{_escaped(path)}/**" for path in inner)]
-    classes = {kind: list(patterns) for kind, patterns in USUAL.items()}
-    required, counts = [SOUL], dict.fromkeys((*USUAL, "other"), 0)
-    remarks: list[str] = []
-    weights: list[str] = []
-    for path in _walk(root, inner, exclude):
-        kind = _class_of(path)
-        if kind is None and "weights" in Path(path).name.lower() and path.lower().endswith(".json"):
-            kind = "weights"
-            classes["weights"].append(_escaped(path))
-        counts[kind or "other"] += 1
-        if kind == "weights":
-            weights.append(path)
-    if len(weights) <= _MOST_WEIGHTS:
-        required += [path for path in weights if _escaped(path) == path]
-    else:
-        remarks.append(f"{len(weights)} files look like weights; none of them is required")
-    remarks += [
-        f"{path} is empty: its first snapshot will be suspect" for path in required if _is_empty(root / path)
-    ]
-    if inner:
-        remarks.append(f"holds other agents, which are left out: {', '.join(inner)}")
-    critical = name == "em"
-    return Found(name, root, classes, required, exclude, counts, critical, remarks)
-
-
-def _walk(root: Path, inner: list[str], exclude: list[str]) -> Iterator[str]:
-    """Yield the agent's files, and add the virtual environments on the way to `exclude`."""
-    for folder, folders, files in os.walk(root):
-        here = os.path.relpath(folder, root)
-        here = "" if here == "." else f"{here}/"
-        kept = []
-        for name in sorted(folders):
-            path = f"{here}{name}"
-            if os.path.exists(os.path.join(folder, name, "pyvenv.cfg")):
-                if name not in _SKIPPED:
-                    exclude.append(f"{_escaped(path)}/**")
-            elif name not in _SKIPPED and path not in inner:
-                kept.append(name)
-        folders[:] = kept
-        paths = (f"{here}{name}" for name in sorted(files) if not _is_passing(name))
-        yield from (path for path in paths if _is_text(path))
-
-
-def _class_of(path: str) -> str | None:
-    for kind, patterns in USUAL.items():
-        for pattern in patterns:
-            if path == pattern or (pattern.endswith("/**") and path.startswith(pattern[:-2])):
-                return kind
-            if "/" not in pattern and "/" not in path and fnmatch.fnmatchcase(path, pattern):
-                return kind
-    return None
-
-
-def _is_passing(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in EXCLUDED if "/" not in pattern)
-
-
-def _is_text(path: str) -> bool:
-    """Tell whether a path can stand in a JSON file; others are backed up by the patterns, but cannot be named."""
-    return path.isprintable() and path == path.strip()
-
-
-def _is_empty(path: Path) -> bool:
-    try:
-        return path.stat().st_size == 0
-    except OSError:
-        return False
-
-
-def _escaped(path: str) -> str:
-    """Write a path so that none of its characters is taken for a pattern."""
-    return re.sub(r"([*?\[])", r"[\1]", path)
+def _names(root: Path, fleet: Path) -> Iterator[str]:
+    """Yield names that could be the agent's, the best first: of its folder, else of the ones around it."""
+    if root.name == "workspace" and (root.parent / _RUNTIME).exists():
+        yield "main"  # What that runtime calls the agent of its first workspace.
+    within = list(reversed(root.relative_to(fleet.parent).parts))
+    around = list(reversed(fleet.parent.parts))
+    special = [part for part in within if part.lower() not in _GENERIC]
+    generic = [part for part in within if part.lower() in _GENERIC]
+    for part in (*special, *generic, *around):
+        if name := re.sub(r"[^A-Za-z0-9_-]+", "-", _PREFIX.sub("", part)).strip("-_")[:63]:
+            yield name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from em_bridge import clock
-from em_bridge.errors import NotFound, UsageError
-from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
+from em_bridge.errors import ConfigError, NotFound, UsageError
+from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit, fail
 
 if TYPE_CHECKING:
-    from backup_worker.fleet import Found
+    from backup_worker.fleet import Survey
+    from backup_worker.fleet_files import Found
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -36,17 +38,22 @@ def init(
     """Write a starting configuration: backup_schedule.json, agents.json and their schemas for editors.
 
     With `--from`, an existing fleet comes under protection: each folder with a SOUL.md becomes an agent, its files
-    sorted by their usual names. Nothing in the fleet is changed.
+    sorted by their usual names; what looks like one and is not taken is named. Nothing in the fleet is changed.
 
     Example: `backup-worker init --from ~/agents && backup-worker backup --tier weekly`
     """
     from backup_worker import starter
 
-    found = _discover(fleet) if fleet is not None else []
+    survey = _discover(fleet, directory) if fleet is not None else None
+    found = survey.agents if survey is not None else []
     files = starter.contents(directory, found, starter.machine_zone(os.environ))
     written = starter.write(directory, files, force=force)
-    result = {"written": [str(path) for path in written], "agents": [one.as_json() for one in found]}
-    emit(result, as_json=as_json, render=lambda _: _print_init(directory, written, found))
+    result = {
+        "written": [str(path) for path in written],
+        "agents": [one.as_json() for one in found],
+        "passed_over": [one.as_json() for one in survey.passed_over] if survey is not None else [],
+    }
+    emit(result, as_json=as_json, render=lambda _: _print_init(directory, written, survey))
 
 
 def doctor(
@@ -72,31 +79,38 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _discover(fleet: Path) -> list[Found]:
+def _discover(fleet: Path, directory: Path) -> Survey:
     from backup_worker.fleet import discover
 
     if not fleet.is_dir():
         raise UsageError(
             f"there is no folder “{fleet}”", hint="--from takes the folder that holds the agents"
         )
-    found = discover(Path(os.path.abspath(fleet)))
-    if not found:
+    survey = discover(Path(os.path.abspath(fleet)), _ours(directory))
+    if not survey.agents:
+        for one in survey.passed_over:
+            fail(f"{one.path} {one.why}")
         raise NotFound(
             f"there is no folder with a SOUL.md below “{fleet}”",
             hint="name the folder that holds the agents, or run `backup-worker init` and edit agents.json",
         )
-    return found
+    return survey
 
 
-def _print_init(directory: Path, written: list[Path], found: list[Found]) -> None:
-    from backup_worker.cli._common import new_table, show
+def _ours(directory: Path) -> list[Path]:
+    """Return where an earlier configuration in `directory` keeps its snapshots and evidence."""
+    from backup_worker.config import load
 
-    if found:
-        table = new_table("", "agent", "folder", "files found", "required", "remarks")
-        for one in found:
-            counts = ", ".join(f"{count} {kind}" for kind, count in one.counts.items() if count)
-            table.add_row(one.agent, str(one.root), counts, ", ".join(one.required), "; ".join(one.remarks))
-        show(table)
+    try:
+        schedule = load(directory).schedule
+    except ConfigError:
+        return []
+    return [schedule.repository, schedule.state]
+
+
+def _print_init(directory: Path, written: list[Path], survey: Survey | None) -> None:
+    if survey is not None:
+        _print_survey(survey)
     typer.echo(f"written into {directory}: {', '.join(path.name for path in written)}")
     typer.echo("\nNext:")
     option = "" if directory == DEFAULT_CONFIG else f" --config {directory}"
@@ -105,24 +119,50 @@ def _print_init(directory: Path, written: list[Path], found: list[Found]) -> Non
         f"backup-worker backup --tier weekly{option}     # the first backup, at once",
         f"backup-worker doctor{option}                   # what is still missing",
     ]
-    if found:
-        steps.insert(
-            1,
-            'give each agent its "start": how a program is started cannot be seen from its files. Until then it is\n'
-            "     backed up and can be restored, but not be started again after a death. For a program that knows\n"
-            '     nothing of this: {"command": ["em-bridge", "run", "NAME", "--", "python3", "agent.py"]}',
-        )
+    if survey is not None:
+        steps.append(_how_to_start(survey.agents))
     for number, step in enumerate(steps, 1):
         typer.echo(f"  {number}. {step}")
 
 
+def _print_survey(survey: Survey) -> None:
+    from backup_worker.cli._common import new_table, show, size
+
+    table = new_table("", "agent", "files found", "size", "required", "folder")
+    for one in survey.agents:
+        counts = ", ".join(f"{count} {kind}" for kind, count in one.counts.items() if count)
+        table.add_row(one.agent, counts, size(one.bytes), ", ".join(one.required), str(one.root))
+    show(table)
+    for one in survey.agents:
+        for remark in one.remarks:
+            show(f"{one.agent}: {remark}")
+    for passed in survey.passed_over:
+        show(f"not taken: {passed.path}: {passed.why}")
+    if survey.passed_over or any(one.remarks for one in survey.agents):
+        typer.echo()
+
+
+def _how_to_start(found: list[Found]) -> str:
+    """Say what is missing for recoveries, with an example of this fleet if there is a likely one."""
+    likely = next((one for one in found if one.program is not None), None)
+    name, program = (likely.agent, likely.program or "") if likely else ("NAME", "agent.py")
+    interpreter = {".py": "python3", ".sh": "sh", ".js": "node"}[Path(program).suffix]
+    start = json.dumps({"command": ["em-bridge", "run", name, "--", interpreter, program]})
+    return (
+        'then give each agent its "start", and "depends_on" where order matters: neither can be seen from files.\n'
+        "     Until then it is backed up and can be restored, but not be started again after a death. For a program\n"
+        f'     that knows nothing of this, such as {name}\'s: "start": {start}'
+    )
+
+
 def _print_checks(rows: list[dict[str, Any]]) -> None:
     marks = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
+    width = max(len(row["check"]) for row in rows)
     for row in rows:
         mark, colour = marks[row["status"]]
-        typer.echo(f"{typer.style(mark, fg=colour)}  {row['check']:<18} {row['detail']}")
+        typer.echo(f"{typer.style(mark, fg=colour)}  {row['check']:<{width}} {row['detail']}")
         if row["mend"] and row["status"] != "ok":
-            typer.echo(f"{'':<25}→ {row['mend']}")
+            typer.echo(f"{'':<{width + 7}}→ {row['mend']}")
     failed = sum(row["status"] == "fail" for row in rows)
     warned = sum(row["status"] == "warn" for row in rows)
     typer.echo(f"\n{len(rows)} checks: {failed} failed, {warned} to look at")

@@ -47,7 +47,7 @@ def checks(directory: Path, redis_url: str | None = None, *, test_alert: bool = 
 
 def propose(fleet: Path) -> None:
     directory = fleet.parent / "config"
-    starter.write(directory, starter.contents(directory, discover(fleet), "UTC"))
+    starter.write(directory, starter.contents(directory, discover(fleet).agents, "UTC"))
 
 
 def edit(directory: Path, file: str, change: Any) -> None:
@@ -86,6 +86,27 @@ def test_init_prints_its_decisions_as_json(fleet: Path) -> None:
     assert sorted(result["written"]) == sorted(
         f"elsewhere/{name}" for name in (config.SCHEDULE_FILE, config.AGENTS_FILE, *config.schemas())
     )
+
+
+def test_init_finds_no_agents_among_its_own_backups_and_evidence(fleet: Path) -> None:
+    home = fleet.parent
+    assert run("init", "--from", ".", cwd=home).returncode == 0
+    assert run("backup", "--tier", "weekly", cwd=home).returncode == 0
+    (fleet / "z" / "SOUL.md").write_text("I am somebody else\n")
+    assert run("restore", "z", cwd=home).returncode == 0
+    assert list((home / "var" / "evidence").rglob("SOUL.md"))
+    again = run("init", "--from", ".", "--force", "--json", cwd=home)
+    assert [one["agent"] for one in json.loads(again.stdout)["agents"]] == ["em", "z"]
+
+
+def test_init_names_what_it_does_not_take_and_what_is_in_it(fleet: Path) -> None:
+    for path in ("rick/AGENTS.md", "rick/MEMORY.md", "z/.env", "z/agent.py"):
+        (fleet / path).parent.mkdir(exist_ok=True)
+        (fleet / path).write_text("x\n")
+    said = run("init", "--from", "fleet", cwd=fleet.parent).stdout
+    assert f"not taken: {fleet / 'rick'}: looks like an agent (AGENTS.md, MEMORY.md)" in said
+    assert "z: secrets by their names" in said
+    assert '{"command": ["em-bridge", "run", "z", "--", "python3", "agent.py"]}' in said
 
 
 def test_init_leaves_an_edited_configuration_alone(started: Path) -> None:

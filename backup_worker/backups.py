@@ -133,14 +133,16 @@ def _record(runtime: Runtime, snapshot: Manifest) -> None:
         files=snapshot.files, bytes=snapshot.bytes, reason=snapshot.reason, approved=snapshot.approved,
         problems=[problem.as_json() for problem in snapshot.problems],
     )  # fmt: skip
-    key = f"backup/{snapshot.tier}/{snapshot.agent}"
+    place = f"{snapshot.tier}/{snapshot.agent}"
+    runtime.resolve(f"failed/{place}")
+    key = f"suspect/{place}"
     if snapshot.status == "good":
         runtime.resolve(key)
     else:
         why = "; ".join(f"{problem.path}: {problem.problem}" for problem in snapshot.problems[:10])
         title = f"{snapshot.tier} backup of {snapshot.agent} is {snapshot.status}"
         runtime.alert(key, "critical", title, f"{snapshot.id}: {why}", agent=snapshot.agent)
-    key = f"backup-warning/{snapshot.tier}/{snapshot.agent}"
+    key = f"damage/{place}"
     if snapshot.warnings:
         # Such as damage found, and healed, in what it shares with the snapshot before it.
         title = f"{snapshot.tier} backup of {snapshot.agent} came upon damage"

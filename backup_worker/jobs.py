@@ -119,7 +119,7 @@ def report_failure(job: Job, error: BaseException) -> None:
         why += _try_slot_again(runtime, given)
     kind = "backup-failed" if is_backup else "job-failed"
     runtime.record(kind, job=job.id, function=name, agent=agent, tier=tier, error=why)
-    key = f"backup/{tier}/{agent}" if is_backup else f"job/{job.id}"
+    key = f"failed/{tier}/{agent}" if is_backup else f"job/{job.id}"
     title = f"{tier} backup of {agent} failed" if is_backup else f"job {job.id} failed"
     runtime.alert(key, "critical", title, why, agent=agent)
 

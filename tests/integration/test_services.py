@@ -248,7 +248,7 @@ def test_a_backup_that_cannot_be_made_is_told_and_is_resolved_by_the_next_good_o
     root.rename(root.with_name("away"))
     house.scheduler().step()
     house.work()
-    assert house.alerts == {"backup/daily/z": "critical"}
+    assert house.alerts == {"failed/daily/z": "critical"}
     (line,) = fleet.history("backup-failed")
     assert line["agent"] == "z"
     root.with_name("away").rename(root)
@@ -284,7 +284,7 @@ def test_a_slot_that_failed_is_tried_again_until_it_is_made_and_is_made_once(
     go_on()
     go_on()  # too early for the next
     assert len(fleet.history("backup-failed")) == 2
-    assert house.alerts == {"backup/daily/z": "critical"}
+    assert house.alerts == {"failed/daily/z": "critical"}
     root.with_name("away").rename(root)
     let_the_pauses_end(house.client)
     go_on()

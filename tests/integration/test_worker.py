@@ -201,7 +201,7 @@ def test_a_job_whose_children_are_killed_again_and_again_fails_loudly(
             seen.add(child.pid)
             child.kill()
         until(lambda: status(client, f"daily_{SLOT}_z") == "failed")
-    assert failures(client) == ["backup/daily/z"]
+    assert failures(client) == ["failed/daily/z"]
     (line,) = fleet.history("backup-failed")
     assert (line["agent"], line["tier"]) == ("z", "daily")
     assert "signal 9" in line["error"]
@@ -216,7 +216,7 @@ def test_a_lasting_error_is_told_at_once_and_not_tried_again(
     assert status(client, job_id) == "failed"
     (line,) = fleet.history("backup-failed")
     assert "nobody" in line["error"]
-    assert failures(client) == ["backup/daily/nobody"]
+    assert failures(client) == ["failed/daily/nobody"]
 
 
 def test_an_expected_failure_is_one_line_in_the_log(
@@ -294,7 +294,7 @@ def test_a_passing_fault_that_does_not_pass_is_tried_a_bounded_number_of_times_a
     assert status(client, job_id) == "failed"
     assert busy.tries == len(pauses) + 1 == len(retries.PAUSES_S) + 1
     assert pauses == sorted(pauses)
-    assert failures(client) == ["backup/daily/z"]
+    assert failures(client) == ["failed/daily/z"]
     assert len(fleet.history("backup-failed")) == 1
 
 
@@ -318,7 +318,7 @@ def test_a_job_that_hangs_is_stopped_at_its_time_limit_and_told(
         plant(client, ours, {"timeout": "1", "retries_left": "3"})
         work_off(valkey, fleet)
     assert status(client, "planted") == "failed"
-    assert failures(client) == ["backup/daily/z"]
+    assert failures(client) == ["failed/daily/z"]
 
 
 def test_a_job_that_no_alarm_reaches_is_killed_behind_its_time_limit_and_not_run_again(
@@ -345,7 +345,7 @@ def test_a_job_that_no_alarm_reaches_is_killed_behind_its_time_limit_and_not_run
     assert status(client, "planted") == "failed"
     (line,) = fleet.history("backup-failed")
     assert "did not stop at its time limit of 1 s" in line["error"]
-    assert failures(client) == ["backup/daily/z"]
+    assert failures(client) == ["failed/daily/z"]
 
 
 def plant(client: Redis, data: bytes, fields: dict[Any, Any], job_id: str = "planted") -> str:

@@ -50,7 +50,7 @@ def test_damage_found_in_what_is_shared_alerts_once_until_a_backup_without_it(tm
     second = backups.by_hand(runtime, "z", "daily", now=SIX + HOUR)
 
     assert (second.status, len(second.warnings)) == ("good", 1)
-    assert [one.key for one in alerts.open_alerts(client)] == ["backup-warning/daily/z"]
+    assert [one.key for one in alerts.open_alerts(client)] == ["damage/daily/z"]
     assert first.id in alerts.open_alerts(client)[0].body
     backups.scheduled(runtime, "z", "daily", "2026-11-24", now=SIX + 25 * HOUR)
     assert alerts.open_alerts(client) == []

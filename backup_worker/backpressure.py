@@ -9,7 +9,7 @@ limit of a queue that is not its main one: recoveries must not wait for a backlo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from backup_worker import due, queues
@@ -17,6 +17,7 @@ from em_bridge import streams
 
 if TYPE_CHECKING:
     from redis import Redis
+    from redis.client import Pipeline
 
 WIDE = 10
 HELD_AT: Mapping[str, Mapping[str, int]] = {
@@ -29,24 +30,39 @@ HELD_AT: Mapping[str, Mapping[str, int]] = {
 _PREFIX = "rq:queue:"
 
 
-def lengths(client: Redis) -> dict[str, int]:
-    """Return how many jobs wait in each queue, those of single hosts included. Reads only."""
+def names(client: Redis) -> list[str]:
+    """Return the names of the queues whose lengths count: ours, those of single hosts included. Reads only."""
     known: Any = client.smembers("rq:queues")
-    names = [
+    found = (
         raw.decode(errors="replace").removeprefix(_PREFIX) for raw in known if raw.startswith(b"rq:queue:")
-    ]
-    ours = sorted({*queues.QUEUES, *(name for name in names if queues.kind(name) in queues.QUEUES)})
-    with client.pipeline(transaction=False) as pipeline:
-        for name in ours:
-            pipeline.llen(_PREFIX + name)
-        found = dict(zip(ours, pipeline.execute(raise_on_error=False), strict=True))
-    for answer in found.values():
-        # What is no list is not RQ's; anything else is wrong with the server.
+    )
+    return sorted({*queues.QUEUES, *(name for name in found if queues.kind(name) in queues.QUEUES)})
+
+
+def ask(pipeline: Pipeline, of: Sequence[str]) -> None:
+    """Add the question for the lengths of the queues `of` to `pipeline`; see `told`."""
+    for name in of:
+        pipeline.llen(_PREFIX + name)
+
+
+def told(of: Sequence[str], answers: Sequence[Any]) -> dict[str, int]:
+    """Return how many jobs wait in each queue, from the answers to `ask`. Raises what is wrong with the server."""
+    for answer in answers:
+        # What is no list is not RQ's.
         if isinstance(answer, Exception) and "WRONGTYPE" not in str(answer):
             raise answer
+    counted = zip(of, answers, strict=True)
     return dict.fromkeys(queues.QUEUES, 0) | {
-        name: count for name, count in found.items() if isinstance(count, int)
+        name: count for name, count in counted if isinstance(count, int)
     }
+
+
+def lengths(client: Redis, of: Sequence[str] | None = None) -> dict[str, int]:
+    """Return how many jobs wait in each queue (of those in `of`, if given). Reads only."""
+    asked = names(client) if of is None else of
+    with client.pipeline(transaction=False) as pipeline:
+        ask(pipeline, asked)
+        return told(asked, pipeline.execute(raise_on_error=False))
 
 
 def held(waiting: Mapping[str, int], limit: int) -> dict[str, str]:

@@ -17,6 +17,7 @@ While Redis is away, loading, read-only or full the dispatcher waits and goes on
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis.exceptions
 from rq.job import Retry
-from rq.queue import Queue
+from rq.queue import EnqueueData, Queue
 
 from backup_worker import backpressure, due, queues, retries
 from backup_worker.config.schedule import Limits
@@ -66,6 +67,12 @@ RESULT_TTL_S = 3600
 FAILURE_TTL_S = 7 * 24 * 3600
 
 _DEFAULTS = Limits()
+
+# KEYS: the marks. ARGV: of each, its entry and its life in seconds. One command for a batch, of which the client makes,
+# and reads the answers of, a hundred otherwise.
+_MARK = """
+for at, mark in ipairs(KEYS) do redis.call('SET', mark, ARGV[2 * at - 1], 'EX', ARGV[2 * at]) end
+"""
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,255}")
 """What RQ takes as a job id."""
@@ -148,10 +155,12 @@ class Dispatcher:
         self.hosts = hosts
         self.limits = limits
         self.consumer = consumer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        self._queues: dict[str, Queue] = {}
+        self._queues: dict[str, queues.SafeQueue] = {}
         self._next_claim = 0.0
         self._reread = False
         self._held: dict[str, str] = {}
+        self._known: list[str] = list(queues.QUEUES)
+        self._waiting: dict[str, int] | None = None
 
     def prepare(self) -> None:
         """Create the consumer group on every stream, from the beginning."""
@@ -196,6 +205,7 @@ class Dispatcher:
         now = clock.monotonic()
         if now >= self._next_claim:
             self._next_claim = now + CLAIM_EVERY_S
+            self._known = backpressure.names(self.client)
             claimed = sum(self._hand_off(entries) for entries in self._claim())
             if claimed:
                 log.info("claimed %d entries that another dispatcher left", claimed)
@@ -209,7 +219,10 @@ class Dispatcher:
 
     def _open_streams(self) -> list[str]:
         """Return the streams whose events have room in their queues."""
-        held = backpressure.held(backpressure.lengths(self.client), self.limits().queue_jobs)
+        # The last hand-off has brought the lengths along; without one there is time to ask.
+        waiting = self._waiting or backpressure.lengths(self.client, self._known)
+        self._waiting = None
+        held = backpressure.held(waiting, self.limits().queue_jobs)
         for stream in held.keys() - self._held.keys():
             log.warning("%s is not read: the %s queue is full", stream, held[stream])
         for stream in self._held.keys() - held.keys():
@@ -265,11 +278,20 @@ class Dispatcher:
                     seen: Any = pipeline.mget(marks)
                     pipeline.multi()
                     self._write(pipeline, planned, marks, seen)
-                    pipeline.execute()
+                    backpressure.ask(pipeline, self._known)
+                    self._take_answers(pipeline.execute(raise_on_error=False))
                     return len(entries)
                 except redis.exceptions.WatchError:
                     # Another dispatcher handed one of these off in between: look again, and leave that one out.
                     continue
+
+    def _take_answers(self, answers: Sequence[Any]) -> None:
+        """Raise the first error of the hand-off itself; keep what it told about the queues."""
+        split = len(answers) - len(self._known)
+        for answer in answers[:split]:
+            if isinstance(answer, Exception):
+                raise answer
+        self._waiting = backpressure.told(self._known, answers[split:])
 
     def _write(
         self,
@@ -279,9 +301,13 @@ class Dispatcher:
         seen: Sequence[bytes | None],
     ) -> None:
         jobs: dict[str, dict[str, Job]] = {}
+        limits = self.limits()
+        new_marks: list[str] = []
+        facts: list[str | int] = []
         for (entry, job), mark, already in zip(planned, marks, seen, strict=True):
             if already is None:
-                pipeline.set(mark, entry.id, ex=mark_ttl_s(job, self.limits()))
+                new_marks.append(mark)
+                facts += (entry.id, mark_ttl_s(job, limits))
                 if isinstance(job, Job):
                     # Keyed by id: the same slot may have been announced twice within this batch.
                     jobs.setdefault(job.queue, {})[job.id] = job
@@ -289,13 +315,15 @@ class Dispatcher:
                     letter = streams.dead_letter(entry.stream, entry.id, job, entry.fields, clock.now())
                     pipeline.xadd(streams.DEAD_LETTER, events.encode(letter))
                     log.warning("dead letter: %s %s: %s", entry.stream, entry.id, job)
+        # Not by its hash: a script that the server does not know would fail alone, in the middle of the transaction.
+        pipeline.eval(_MARK, len(new_marks), *new_marks, *facts)
         for name, batch in jobs.items():
-            self._queue(name).enqueue_many([rq_job(job) for job in batch.values()], pipeline=pipeline)
+            self._queue(name).push_many(map(rq_job, batch.values()), pipeline)
         for stream in {entry.stream for entry, _ in planned}:
             ids = [entry.id for entry, _ in planned if entry.stream == stream]
             pipeline.xack(stream, GROUP, *ids)
 
-    def _queue(self, name: str) -> Queue:
+    def _queue(self, name: str) -> queues.SafeQueue:
         if name not in self._queues:
             self._queues[name] = queues.open_queue(name, self.client)
             # Asked for now: RQ would otherwise ask in the middle of our transaction.
@@ -339,15 +367,18 @@ def time_limit_s(job: Job) -> int:
     return TIME_LIMITS_S[job.function]
 
 
-def rq_job(job: Job) -> Any:
+def rq_job(job: Job) -> EnqueueData:
     """Return `job` as RQ's `enqueue_many` takes it."""
+    pattern = _pattern(f"backup_worker.jobs.{job.function}", time_limit_s(job))
+    return pattern._replace(args=[dict(job.args)], description=job.description, job_id=job.id)
+
+
+@functools.cache
+def _pattern(function: str, timeout_s: int) -> EnqueueData:
     return Queue.prepare_data(
-        f"backup_worker.jobs.{job.function}",
-        args=[dict(job.args)],
-        timeout=time_limit_s(job),
+        function,
+        timeout=timeout_s,
         result_ttl=RESULT_TTL_S,
         failure_ttl=FAILURE_TTL_S,
-        description=job.description,
-        job_id=job.id,
         retry=Retry(max=len(retries.PAUSES_S)),
     )

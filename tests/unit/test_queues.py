@@ -12,8 +12,10 @@ import rq
 import rq.serializers
 from rq.exceptions import NoSuchJobError
 from rq.serializers import resolve_serializer
+from rq.utils import str_to_date
 
 from backup_worker import queues
+from backup_worker.dispatcher import Job, rq_job
 from backup_worker.queues import ForeignJob, MsgpackSerializer, SafeJob, open_queue
 
 
@@ -146,3 +148,40 @@ def test_what_waits_in_the_queue_again_is_not_put_back_a_second_time(
     monkeypatch.setattr(queues, "STUCK_AFTER_S", -1)
     clean(queue)
     assert waiting(client, queue) == ([b"a"], [])
+
+
+def test_many_jobs_pushed_at_once_are_to_the_field_what_rq_itself_writes(client: Any) -> None:
+    # An RQ that writes another field, or another form of one, must not go unnoticed.
+    wanted = [
+        rq_job(Job("backup", function, {"agent": "z", "at": 1.5}, f"{function}-{n}", f"job {n}"))
+        for n, function in enumerate(("backup", "config_change", "maintenance", "backup"))
+    ]
+    written: list[dict[str, dict[bytes, bytes]]] = []
+    for fast in (True, False):
+        client.flushdb()
+        queue = open_queue("backup", client)
+        with client.pipeline(transaction=True) as pipeline:
+            queue.push_many(wanted, pipeline) if fast else queue.enqueue_many(wanted, pipeline=pipeline)
+            pipeline.execute()
+        assert queue.get_job_ids() == [data.job_id for data in wanted]
+        assert client.smembers("rq:queues") == {b"rq:queue:backup"}
+        assert {client.ttl(f"rq:job:{data.job_id}") for data in wanted} == {-1}
+        written.append({data.job_id: client.hgetall(f"rq:job:{data.job_id}") for data in wanted})
+    ours, theirs = written
+    for job_id, fields in theirs.items():
+        times = {name: str_to_date(ours[job_id].pop(name)) for name in (b"created_at", b"enqueued_at")}
+        assert all(
+            abs((str_to_date(fields.pop(name)) - at).total_seconds()) < 5 for name, at in times.items()
+        )
+        assert ours[job_id].pop(b"data") == zlib.decompress(fields.pop(b"data"))
+    assert ours == theirs
+
+
+def test_a_job_pushed_with_many_is_read_like_any_other(client: Any) -> None:
+    wanted = rq_job(Job("backup", "backup", {"agent": "z", "slot": "x" * 10_000}, "one", "a backup"))
+    with client.pipeline(transaction=True) as pipeline:
+        open_queue("backup", client).push_many([wanted], pipeline)
+        pipeline.execute()
+    job = SafeJob.fetch("one", connection=client, serializer=MsgpackSerializer)
+    assert (job.func_name, job.args, job.kwargs) == ("backup_worker.jobs.backup", wanted.args, {})
+    assert (job.timeout, job.retries_left, job.get_status()) == (3600, 5, "queued")

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from backup_worker.snapshots import disk
-from backup_worker.snapshots.capture import Capture, Captured, Previous
+from backup_worker.snapshots.capture import Capture, Captured
 from backup_worker.snapshots.content import opened_ahead
+from backup_worker.snapshots.copier import Previous
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import NoSpace, SnapshotError, from_os_error, printable
 from backup_worker.snapshots.hooks import around_backup
@@ -23,6 +24,7 @@ from backup_worker.snapshots.manifest import (
     CHECKSUMS,
     FILES,
     MANIFEST,
+    Entry,
     Head,
     Manifest,
     Status,
@@ -36,6 +38,9 @@ from backup_worker.snapshots.scope import WORKSHOP, AgentFiles
 from backup_worker.snapshots.together import Sync, Work, alone
 from backup_worker.snapshots.verify import read_back
 from em_bridge.errors import NotFound, UsageError
+
+Attest = Callable[[Mapping[str, Entry]], tuple[bool, str | None]]
+"""Says of what was captured, by path, whether it was approved, and by whom."""
 
 
 def take_snapshot(
@@ -51,6 +56,7 @@ def take_snapshot(
     event: str | None = None,
     approved: bool | None = None,
     approved_by: str | None = None,
+    attest: Attest | None = None,
     on_taken: Literal["next", "return"] = "next",
     limits: Limits | None = None,
 ) -> Manifest:
@@ -58,12 +64,13 @@ def take_snapshot(
 
     A taken slot gives `<slot>-2` and so on (`on_taken="next"`), or the snapshot that is there (`"return"`: a scheduled
     slot is made once). With `event`, the snapshot of that slot made for the same event is returned. `approved` False
-    means: by a change that nobody approved. Raises SnapshotError, NoSpace, UsageError; none leaves anything behind.
+    means: by a change that nobody approved; `attest` is asked about the very bytes that were copied, and has the last
+    word on it. Raises SnapshotError, NoSpace, UsageError; none leaves anything behind.
     """
     return alone(
         taking(
             repo, agent, tier=tier, slot=slot, include=include, unchanged=unchanged, now=now, reason=reason,
-            event=event, approved=approved, approved_by=approved_by, on_taken=on_taken, limits=limits,
+            event=event, approved=approved, approved_by=approved_by, attest=attest, on_taken=on_taken, limits=limits,
         )
     )  # fmt: skip
 
@@ -81,6 +88,7 @@ def taking(
     event: str | None = None,
     approved: bool | None = None,
     approved_by: str | None = None,
+    attest: Attest | None = None,
     on_taken: Literal["next", "return"] = "next",
     limits: Limits | None = None,
 ) -> Work[Manifest]:
@@ -102,7 +110,8 @@ def taking(
                 id="", agent=agent.name, tier=tier, slot=slot, created_at=now, reason=reason, status="good", files=0,
                 bytes=0, scope=agent.scope(include), approved=approved, approved_by=approved_by, event=event,
             )  # fmt: skip
-            manifest = yield from _Taking(repo, agent, head, unchanged, limits or Limits(), earlier).run()
+            work = _Taking(repo, agent, head, unchanged, limits or Limits(), earlier, attest)
+            manifest = yield from work.run()
         repo.record_success(tier, agent.name)
         return replace(manifest, verified_at=manifest.created_at)
     except NoSpace:
@@ -169,8 +178,10 @@ class _Taking:
         unchanged: str,
         limits: Limits,
         earlier: Sequence[Head],
+        attest: Attest | None = None,
     ) -> None:
         self.repo, self.agent, self.head, self.unchanged, self.limits = repo, agent, head, unchanged, limits
+        self.attest = attest
         self.previous = next((h for h in reversed(earlier) if not h.damaged), None)
         self.last_good = next((h for h in reversed(earlier) if h.is_good), None)
         self.warnings: list[str] = []
@@ -256,6 +267,8 @@ class _Taking:
             "warnings": tuple(self.warnings),
             "skipped": dict(captured.skipped),
         }
+        if self.attest is not None:
+            values["approved"], values["approved_by"] = self.attest(captured.entries)
         return Manifest(**values, entries=entries)
 
     def _commit(self, fd: int, snapshot: Path, manifest: Manifest) -> Work[Manifest]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sqlite3
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from backup_worker.snapshots import (
     verify_snapshot,
 )
 from backup_worker.snapshots.disk import Tree
+from backup_worker.snapshots.manifest import Entry
 from em_bridge.errors import NotFound, UsageError
 from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves, without_privileges
 
@@ -175,19 +178,23 @@ def test_a_damaged_shared_file_is_healed_from_the_source_and_told(place: Place) 
     assert place.repo.get(first.id).damaged
 
 
+@pytest.mark.parametrize("how", ["ab", "r+b"], ids=["grows", "is rewritten"])
+@pytest.mark.parametrize("age_s", [0, 3600], ids=["young", "long at rest"])
 def test_a_file_that_keeps_changing_makes_the_snapshot_partial_and_is_named(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch, how: str, age_s: int
 ) -> None:
     busy = place.write("memory/busy.bin", b"x" * 4000)
-    real = capture.copy_hashed
+    os.utime(busy, (time.time() - age_s,) * 2)
+    original, real = busy.stat().st_ino, os.read
 
-    def copy_while_written(source: int, target: int | None, hint: int = 0) -> tuple[int, str]:
-        if os.fstat(source).st_ino == busy.stat().st_ino:
-            with busy.open("ab") as file:
+    def read_while_written(fd: int, size: int) -> bytes:
+        content = real(fd, size)
+        if os.fstat(fd).st_ino == original:
+            with busy.open(how) as file:
                 file.write(b"y")
-        return real(source, target, hint)
+        return content
 
-    monkeypatch.setattr(capture, "copy_hashed", copy_while_written)
+    monkeypatch.setattr(os, "read", read_while_written)
     monkeypatch.setattr(capture, "TRIES", 3)
     made = place.take()
     assert made.status == "partial"
@@ -200,17 +207,17 @@ def test_a_file_that_appears_or_goes_while_copying_is_no_error(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     doomed = place.write("memory/aaa.txt", "soon gone")
-    real = capture.Capture._take_file
+    real = capture.Capture._take_all
     seen = []
 
-    def take(self: capture.Capture, path: str) -> None:
+    def take(self: capture.Capture, paths: list[str], found: capture.Found) -> None:
         if not seen:
             doomed.unlink()
             place.write("memory/zzz.txt", "just in time")
-        seen.append(path)
-        real(self, path)
+        seen.append(paths)
+        real(self, paths, found)
 
-    monkeypatch.setattr(capture.Capture, "_take_file", take)
+    monkeypatch.setattr(capture.Capture, "_take_all", take)
     made = place.take()
     assert made.status == "good"
     assert content_of(place.repo.path(made.id) / "files") == content_of(place.root)
@@ -436,3 +443,17 @@ def test_the_engine_needs_neither_redis_nor_the_web() -> None:
         "sys.exit(str(bad) if bad else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_who_attests_is_asked_about_the_very_bytes_that_were_copied(place: Place) -> None:
+    asked = {}
+
+    def attest(entries: Mapping[str, Entry]) -> tuple[bool, str | None]:
+        asked.update({path: entry.sha256 for path, entry in entries.items()})
+        place.write("weights.json", "changed behind the copy\n")
+        return True, "kari"
+
+    manifest = place.take(approved=False, attest=attest)
+    assert (manifest.approved, manifest.approved_by) == (True, "kari")
+    stored = hashlib.sha256(place.stored(manifest.id, "weights.json").read_bytes()).hexdigest()
+    assert asked["weights.json"] == stored

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from backup_worker.snapshots.diff import Difference, KeyChange, compare_json, diff
 from backup_worker.snapshots.errors import DamagedSnapshot, NoSpace, SnapshotError
+from backup_worker.snapshots.evidence import keep_evidence
 from backup_worker.snapshots.heal import Healed, heal_snapshot
 from backup_worker.snapshots.manifest import Entry, Head, Manifest, Problem
 from backup_worker.snapshots.repository import Repository
-from backup_worker.snapshots.restore import RestoreResult, execute, keep_evidence, restoring
+from backup_worker.snapshots.restore import RestoreResult, execute, restoring
 from backup_worker.snapshots.retention import (
     Decision,
     Policy,

@@ -480,7 +480,7 @@ def test_a_full_disk_while_evidence_is_kept_stops_the_restore_and_calls_a_human(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("backup_worker.snapshots.restore._copy_evidence", full)
+    monkeypatch.setattr("backup_worker.snapshots.evidence._copy_evidence", full)
     incident = fleet.recover("z")
     assert incident.state == ESCALATED
     assert fleet.files("z") == before

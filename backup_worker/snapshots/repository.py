@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import shutil
-import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from typing import TypeVar
 from backup_worker.snapshots import disk
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import SnapshotError, from_os_error, printable, translated
+from backup_worker.snapshots.layout import folders, is_folder, make_private
 from backup_worker.snapshots.manifest import (
     FILES,
     MANIFEST,
@@ -31,6 +31,7 @@ from backup_worker.snapshots.manifest import (
     snapshot_id,
     split_id,
 )
+from backup_worker.snapshots.notes import Notes
 from em_bridge.errors import NotFound
 
 HIDDEN = ".agent-backup"
@@ -43,22 +44,23 @@ class Repository:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self.hidden = self.root / HIDDEN
+        self._notes = Notes(self.hidden, self.root)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def ids(self, agent: str | None = None, tier: str | None = None) -> list[str]:
         """Return the ids of all snapshots on disk, whole or broken."""
         found = []
-        for tier_name in _folders(self.root):
+        for tier_name in folders(self.root):
             if tier not in (None, tier_name):
                 continue
-            for slot in _folders(self.root / tier_name):
+            for slot in folders(self.root / tier_name):
                 folder = self.root / tier_name / slot
                 # Asked for by name: a slot holds as many folders as there are agents.
-                for name in _folders(folder) if agent is None else [agent]:
+                for name in folders(folder) if agent is None else [agent]:
                     with contextlib.suppress(NotFound):
                         identifier = snapshot_id(tier_name, slot, name)
-                        if agent is None or _is_folder(folder / name):
+                        if agent is None or is_folder(folder / name):
                             found.append(identifier)
         return found
 
@@ -129,74 +131,48 @@ class Repository:
     def pin(self, identifier: str) -> None:
         """Hold a snapshot: retention never deletes it. Raises NotFound."""
         self.get(identifier)
-        self._note("pins", identifier, None)
+        self._notes.put("pins", identifier)
 
     @translated("unpinning")
     def unpin(self, identifier: str) -> bool:
         """Let go of a snapshot; tell whether it was held. Raises NotFound."""
         self.get(identifier)
-        return self._unnote("pins", identifier)
+        return self._notes.drop("pins", identifier)
 
     def record_verified(self, identifier: str, *, now: float, ok: bool) -> None:
         """Write down when a snapshot was last proven, or that it is damaged."""
         if ok:
-            self._note("verified", identifier, now)
-            self._unnote("damaged", identifier)
+            self._notes.put("verified", identifier, now)
+            self._notes.drop("damaged", identifier)
         else:
-            self._note("damaged", identifier, now)
+            self._notes.put("damaged", identifier, now)
 
     def damaged_at(self, identifier: str) -> float | None:
         """Return when damage was last found in a snapshot that was not proven since, or None."""
-        return self._noted_at("damaged", identifier)
+        return self._notes.at("damaged", identifier)
 
     def record_failure(self, tier: str, agent: str, *, now: float) -> None:
         """Write down that a backup failed: retention deletes nothing of that agent and tier until one succeeds."""
-        self._note("failed", f"{tier}/{agent}", now)
+        self._notes.put("failed", f"{tier}/{agent}", now)
 
     def record_success(self, tier: str, agent: str) -> None:
         """Take back `record_failure`."""
-        self._unnote("failed", f"{tier}/{agent}")
+        self._notes.drop("failed", f"{tier}/{agent}")
 
     def failing(self) -> frozenset[tuple[str, str]]:
         """Return the (agent, tier) pairs whose last backup failed."""
-        pairs = (name.split("@") for name in _names(self.hidden / "failed"))
+        pairs = (key.split("/") for key in self._notes.keys("failed"))
         return frozenset((pair[1], pair[0]) for pair in pairs if len(pair) == 2)
 
     def _noted(self, head: AnyHead) -> AnyHead:
         # A snapshot is read back before it gets its name: its making is its first verification.
-        verified = self._noted_at("verified", head.id)
+        verified = self._notes.at("verified", head.id)
         return replace(
             head,
             verified_at=head.created_at if verified is None else verified,
-            pinned=self._noted_at("pins", head.id) is not None,
-            damaged=self._noted_at("damaged", head.id) is not None,
+            pinned=self._notes.at("pins", head.id) is not None,
+            damaged=self._notes.at("damaged", head.id) is not None,
         )
-
-    def _noted_at(self, kind: str, key: str) -> float | None:
-        try:
-            return os.stat(f"{self.hidden}/{kind}/{key.replace('/', '@')}", follow_symlinks=False).st_mtime
-        except FileNotFoundError:
-            return None
-
-    def _note(self, kind: str, key: str, at: float | None) -> None:
-        path = self.hidden / kind / key.replace("/", "@")
-        self._make_private(path.parent)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            if at is not None:
-                os.utime(fd, ns=(int(at * 1e9), int(at * 1e9)))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        disk.sync_folder(path.parent)
-
-    def _unnote(self, kind: str, key: str) -> bool:
-        try:
-            os.unlink(self.hidden / kind / key.replace("/", "@"))
-        except FileNotFoundError:
-            return False
-        disk.sync_folder(self.hidden / kind)
-        return True
 
     # -- locks --------------------------------------------------------------------------------------------------------
 
@@ -312,7 +288,7 @@ class Repository:
             fd = self._open_folder(identifier)
             try:
                 with disk.locked(fd, wait=False) as free:
-                    if not free or (self.hidden / "pins" / identifier.replace("/", "@")).exists():
+                    if not free or self._notes.at("pins", identifier) is not None:
                         return False
                     self._make_private(self.hidden / "trash")
                     doomed = self.hidden / "trash" / uuid.uuid4().hex
@@ -330,8 +306,7 @@ class Repository:
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)
             for kind in ("verified", "damaged", "pins"):
-                with contextlib.suppress(FileNotFoundError):
-                    self._unnote(kind, identifier)
+                self._notes.drop(kind, identifier)
             return True
         return False
 
@@ -345,7 +320,7 @@ class Repository:
         """Remove what dead processes left in staging and trash; return how many folders that were."""
         swept = 0
         for folder in (self.hidden / "staging", self.hidden / "trash"):
-            for name in _folders(folder, hidden=True):
+            for name in folders(folder, hidden=True):
                 with contextlib.suppress(FileNotFoundError):
                     fd = os.open(folder / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
                     try:
@@ -362,14 +337,7 @@ class Repository:
         return shutil.disk_usage(self.root).free
 
     def _make_private(self, path: Path) -> None:
-        if path.is_dir():
-            return
-        if path == self.root:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        else:
-            self._make_private(path.parent)
-        path.mkdir(exist_ok=True, mode=0o700)
-        disk.sync_folder(path.parent)
+        make_private(path, self.root)
 
 
 def _remove(path: Path) -> None:
@@ -377,31 +345,3 @@ def _remove(path: Path) -> None:
         os.unlink(path / MANIFEST)
     with contextlib.suppress(FileNotFoundError), Tree(path.parent) as tree:
         tree.remove(path.name)
-
-
-def _folders(path: Path, *, hidden: bool = False) -> list[str]:
-    try:
-        with os.scandir(path) as listing:
-            return sorted(
-                e.name for e in listing if (hidden or e.name[0] != ".") and e.is_dir(follow_symlinks=False)
-            )
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise from_os_error("reading the repository", error) from error
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise from_os_error("reading the repository", error) from error
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        return os.listdir(path)
-    except FileNotFoundError:
-        return []

@@ -1,0 +1,56 @@
+"""Notes about snapshots: pins, dates of verification, damage, failures. One empty file each.
+
+The name says what it is about, its time of modification is the date. A note is on the disk before `put` returns; one
+that is lost costs a verification, and never a snapshot.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from backup_worker.snapshots import disk
+from backup_worker.snapshots.layout import make_private
+
+
+class Notes:
+    """Notes of several kinds, in a folder each, below `folder` in the repository `root`."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self._folder, self._root = folder, root
+
+    def at(self, kind: str, key: str) -> float | None:
+        """Return the date of a note in Unix seconds, or None if there is none."""
+        try:
+            return os.stat(f"{self._folder}/{kind}/{key.replace('/', '@')}", follow_symlinks=False).st_mtime
+        except FileNotFoundError:
+            return None
+
+    def put(self, kind: str, key: str, at: float | None = None) -> None:
+        """Make a note, dated `at` (default: now). Raises OSError."""
+        path = self._folder / kind / key.replace("/", "@")
+        make_private(path.parent, self._root)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            if at is not None:
+                os.utime(fd, ns=(int(at * 1e9), int(at * 1e9)))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        disk.sync_folder(path.parent)
+
+    def drop(self, kind: str, key: str) -> bool:
+        """Take a note back; tell whether there was one. Raises OSError."""
+        try:
+            os.unlink(self._folder / kind / key.replace("/", "@"))
+        except FileNotFoundError:
+            return False
+        disk.sync_folder(self._folder / kind)
+        return True
+
+    def keys(self, kind: str) -> list[str]:
+        """Return what there are notes of this kind about."""
+        try:
+            return [name.replace("@", "/") for name in os.listdir(self._folder / kind)]
+        except FileNotFoundError:
+            return []

@@ -5,7 +5,7 @@ An agent that fails does not touch the others. The results come in the order tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,8 +44,13 @@ def back_up(
     history: History,
     agents: Sequence[AgentFiles],
     options: Callable[[float], dict[str, Any]],
+    *,
+    quiet: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Back up `agents`, each with what `options` returns for its time, and record it: (rows made, failures)."""
+    """Back up `agents`, each with what `options` returns for its time, and record it: (rows made, failures).
+
+    `quiet` shows no progress, also where there is a terminal.
+    """
     from backup_worker.snapshots.take import taking
 
     def work(agent: AgentFiles) -> Work[dict[str, Any]]:
@@ -65,15 +70,17 @@ def back_up(
 
     died = [{"agent": agent.name, "tier": options(0.0)["tier"], **_DIED} for agent in agents]
     works = [partial(work, agent) for agent in agents]
-    results = _run([agent.name for agent in agents], works, died, history, line, "backing up")
+    results = _run(
+        [agent.name for agent in agents], works, died, history, line, _progress("backing up", quiet)
+    )
     for result in results:
         result.pop("facts", None)
         result.pop("at", None)
     return [r for r in results if "error" not in r], [r for r in results if "error" in r]
 
 
-def lay_down(history: History, jobs: Sequence[RestoreJob]) -> list[dict[str, Any]]:
-    """Carry out restores and record them; a result with `ok` False has its `error`."""
+def lay_down(history: History, jobs: Sequence[RestoreJob], *, quiet: bool = False) -> list[dict[str, Any]]:
+    """Carry out restores and record them; a result with `ok` False has its `error`. `quiet` as in `back_up`."""
 
     def work(job: RestoreJob) -> Work[dict[str, Any]]:
         try:
@@ -86,14 +93,21 @@ def lay_down(history: History, jobs: Sequence[RestoreJob]) -> list[dict[str, Any
         return "restore", clock.now(), {key: value for key, value in result.items() if key != "hint"}
 
     died = [_unrestored(job, _DIED["error"], _DIED["hint"]) for job in jobs]
-    results = _run(
-        [job.name for job in jobs], [partial(work, job) for job in jobs], died, history, line, "restoring"
-    )
+    works = [partial(work, job) for job in jobs]
+    results = _run([job.name for job in jobs], works, died, history, line, _progress("restoring", quiet))
     for result in results:
         hint = result.pop("hint", None)
         if not result["ok"]:
             fail(result["error"], hint=hint)
     return results
+
+
+def _progress(
+    what: str, quiet: bool
+) -> Callable[[Iterable[tuple[int, Any]], int], Iterator[tuple[int, Any]]]:
+    from backup_worker.cli._progress import counted
+
+    return lambda items, total: counted(items, what, total, quiet=quiet)
 
 
 def _unrestored(job: RestoreJob, error: str, hint: str | None) -> dict[str, Any]:
@@ -107,9 +121,8 @@ def _run(
     died: Sequence[dict[str, Any]],
     history: History,
     line: Callable[[dict[str, Any]], tuple[str, float, dict[str, Any]]],
-    doing: str,
+    progress: Callable[[Iterable[tuple[int, Any]], int], Iterator[tuple[int, Any]]],
 ) -> list[dict[str, Any]]:
-    from backup_worker.cli._progress import counted
     from backup_worker.snapshots.together import shared_out, together
 
     # Everybody takes the agents' locks in the order of their names: so no two can wait for each other.
@@ -122,7 +135,7 @@ def _run(
     results: dict[int, dict[str, Any]] = {}
     waiting: list[tuple[str, float, dict[str, Any]]] = []
     try:
-        for number, result in counted(shared_out(len(works), run), doing, len(works)):
+        for number, result in progress(shared_out(len(works), run), len(works)):
             index = order[number]
             results[index] = {"at": clock.now(), **died[index]} if result is None else result
             waiting.append(line(results[index]))

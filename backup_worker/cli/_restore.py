@@ -9,6 +9,7 @@ from zoneinfo import ZoneInfo
 
 import typer
 
+from backup_worker.cli import _completion
 from em_bridge.errors import AgentBackupError, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
 
@@ -18,9 +19,18 @@ if TYPE_CHECKING:
 
 
 def restore(
-    agents: Annotated[list[str], typer.Argument(metavar="AGENT...", help="The agents to restore.")],
+    agents: Annotated[
+        list[str],
+        typer.Argument(metavar="AGENT...", help="The agents to restore.", autocompletion=_completion.agents),
+    ],
     from_id: Annotated[
-        str | None, typer.Option("--from", metavar="ID", help="Exactly this snapshot, even a suspect one.")
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="ID",
+            help="Exactly this snapshot, even a suspect one.",
+            autocompletion=_completion.snapshots,
+        ),
     ] = None,
     as_of: Annotated[
         str | None,
@@ -72,7 +82,7 @@ def restore(
         # Whatever one of them lacks is known before the first one is touched.
         for job in jobs:
             job.check()
-        results = lay_down(history, jobs)
+        results = lay_down(history, jobs, quiet=as_json)
     emit(results, as_json=as_json, render=_print)
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)

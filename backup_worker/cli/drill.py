@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backup_worker.cli import _completion
+from backup_worker.cli._progress import shown
 from em_bridge import clock
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
 
@@ -20,7 +22,10 @@ def add_commands(app: typer.Typer) -> None:
 
 def drill(
     agents: Annotated[
-        list[str] | None, typer.Argument(metavar="[AGENT...]", help="The agents; all if none is named.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[AGENT...]", help="The agents; all if none is named.", autocompletion=_completion.agents
+        ),
     ] = None,
     config: ConfigOption = DEFAULT_CONFIG,
     redis_url: RedisUrlOption = None,
@@ -40,7 +45,7 @@ def drill(
     names = list(dict.fromkeys(agents or runtime.config.agents))
     for name in names:
         runtime.config.agent(name)
-    done: list[Drill] = [run(runtime, name, clock.now()) for name in names]
+    done: list[Drill] = [run(runtime, name, clock.now()) for name in shown(names, "drilling", quiet=as_json)]
     emit([one.as_json() for one in done], as_json=as_json, render=_print)
     if not all(one.ok for one in done):
         raise typer.Exit(1)

@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 
 import typer
 
+from backup_worker.cli import _completion
 from em_bridge import clock
 from em_bridge.errors import NotFound, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, group
@@ -38,7 +39,10 @@ def add_commands(app: typer.Typer) -> None:
 def history(
     context: typer.Context,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more, until Ctrl-C.")] = False,
-    agent: Annotated[str | None, typer.Option("--agent", help="Only lines about this agent.")] = None,
+    agent: Annotated[
+        str | None,
+        typer.Option("--agent", help="Only lines about this agent.", autocompletion=_completion.agents),
+    ] = None,
     since: Annotated[
         str | None,
         typer.Option("--since", metavar="TIME", help="Only lines from then on: 2026-11-23, 07:30, 2h, 3d."),

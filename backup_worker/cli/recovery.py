@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backup_worker.cli import _completion
 from em_bridge import clock
 from em_bridge.errors import NotFound, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit, fail
@@ -32,7 +33,10 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def recover(
-    agents: Annotated[list[str], typer.Argument(metavar="AGENT...", help="The agents to recover.")],
+    agents: Annotated[
+        list[str],
+        typer.Argument(metavar="AGENT...", help="The agents to recover.", autocompletion=_completion.agents),
+    ],
     config: ConfigOption = DEFAULT_CONFIG,
     redis_url: RedisUrlOption = None,
     reason: Annotated[str, typer.Option("--reason", help="Why, for the record.")] = "by hand",

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backup_worker.cli import _completion
+from backup_worker.cli._completion import IdArgument
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError, NotFound
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from backup_worker.config import Config
     from backup_worker.history import History
     from backup_worker.snapshots import Head, Manifest, Repository
-
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A snapshot, such as daily/2026-11-23/z.")]
 
 PROOFS_NAMED = 12
 """Of how many agents a list names the last proven restore one by one."""
@@ -41,9 +41,17 @@ def opened(config_dir: Any) -> tuple[Config, Repository, History]:
 
 
 def backup(
-    tier: Annotated[str, typer.Option("--tier", metavar="T", help="The tier of backup_schedule.json.")],
+    tier: Annotated[
+        str,
+        typer.Option(
+            "--tier", metavar="T", help="The tier of backup_schedule.json.", autocompletion=_completion.tiers
+        ),
+    ],
     agents: Annotated[
-        list[str] | None, typer.Argument(metavar="[AGENT...]", help="The agents; all if none is named.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[AGENT...]", help="The agents; all if none is named.", autocompletion=_completion.agents
+        ),
     ] = None,
     allow_shrink: Annotated[
         bool, typer.Option("--allow-shrink", help="What became smaller was meant to: do not mark it suspect.")
@@ -70,7 +78,7 @@ def backup(
         }  # fmt: skip
 
     try:
-        made, failed = back_up(repo, history, files, options)
+        made, failed = back_up(repo, history, files, options, quiet=as_json)
     except AgentBackupError as error:
         # Such as a record that cannot be written, because the disk is full.
         _tell_people(settings, tier, [], [{"agent": ", ".join(names), "error": error.message}])
@@ -110,8 +118,14 @@ def _print_backup(result: dict[str, Any]) -> None:
 
 
 def list_(
-    agent: Annotated[str | None, typer.Option("--agent", metavar="A", help="Only this agent's.")] = None,
-    tier: Annotated[str | None, typer.Option("--tier", metavar="T", help="Only this tier's.")] = None,
+    agent: Annotated[
+        str | None,
+        typer.Option("--agent", metavar="A", help="Only this agent's.", autocompletion=_completion.agents),
+    ] = None,
+    tier: Annotated[
+        str | None,
+        typer.Option("--tier", metavar="T", help="Only this tier's.", autocompletion=_completion.tiers),
+    ] = None,
     config: ConfigOption = DEFAULT_CONFIG,
     as_json: JsonOption = False,
 ) -> None:
@@ -204,8 +218,18 @@ def _print_manifest(manifest: Manifest, zone: str) -> None:
 
 
 def diff_(
-    old: Annotated[str, typer.Argument(metavar="ID", help="The snapshot to compare from.")],
-    new: Annotated[str, typer.Argument(metavar="ID", help="The snapshot to compare with.")],
+    old: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="The snapshot to compare from.", autocompletion=_completion.snapshots
+        ),
+    ],
+    new: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="The snapshot to compare with.", autocompletion=_completion.snapshots
+        ),
+    ],
     config: ConfigOption = DEFAULT_CONFIG,
     as_json: JsonOption = False,
 ) -> None:
@@ -246,7 +270,12 @@ def _print_diff(result: dict[str, Any]) -> None:
 
 def verify(
     snapshots: Annotated[
-        list[str] | None, typer.Argument(metavar="[ID...]", help="The snapshots; all if none is named.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[ID...]",
+            help="The snapshots; all if none is named.",
+            autocompletion=_completion.snapshots,
+        ),
     ] = None,
     heal: Annotated[
         bool,
@@ -273,7 +302,7 @@ def verify(
     good: list[str] = []
     bad: list[dict[str, str]] = []
     healed: list[dict[str, str]] = []
-    for identifier in shown(wanted, "verifying"):
+    for identifier in shown(wanted, "verifying", quiet=as_json):
         now = clock.now()
         agent = split_id(identifier)[2]
         if heal:

@@ -261,7 +261,7 @@ def _server(facts: dict[str, Any], url: str) -> Iterator[Check]:
 def _alerts(config: Config, *, test_alert: bool) -> Iterator[Check]:
     from backup_worker import receivers
 
-    urls = config.schedule.alerts
+    urls = [receiver.url for receiver in config.schedule.alerts]
     if not urls:
         mend = (
             'add "alerts": ["mailtos://…"] to backup_schedule.json (https://github.com/caronc/apprise/wiki)'

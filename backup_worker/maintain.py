@@ -36,7 +36,8 @@ def deliver(runtime: Runtime, now: float) -> dict[str, Any]:
     """Send the alerts that are due."""
     schedule_ = runtime.config.schedule
     repeat_s = schedule_.limits.alert_repeat_minutes * 60
-    sent = alerts.deliver_due(runtime.redis, schedule_.alerts, runtime.history, now, repeat_s=repeat_s)
+    urls = [one.url for one in schedule_.alerts]
+    sent = alerts.deliver_due(runtime.redis, urls, runtime.history, now, repeat_s=repeat_s)
     return {"sent": sent}
 
 

@@ -99,7 +99,7 @@ class Runtime:
             return
         if self.client is None:
             # First of all: that the record cannot be written may be a part of the same trouble.
-            alerts.tell(self.config.schedule.alerts, alert, self.history, clock.now())
+            alerts.tell([one.url for one in self.config.schedule.alerts], alert, self.history, clock.now())
         self.record("alert", key=key, severity=severity, title=title, body=body, agent=agent)
         self._ask_for_delivery()
 

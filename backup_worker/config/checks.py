@@ -22,6 +22,7 @@ SLOT = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 _SLOT_LENGTH = 64
 _FIRES = 64
 _ALERT_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://\S+")
+_WEB_URL = re.compile(r"https?://[^\s/?#]+[^\s?#]*")
 # Any moment will do, as long as it is always the same one: a check must not depend on the day it is made.
 _SAMPLE = datetime(2025, 1, 1, tzinfo=UTC)
 
@@ -30,7 +31,7 @@ Found = Iterator[tuple[Place, str, str | None]]
 
 def check_schedule(schedule: Schedule, file: str) -> list[Problem]:
     """Check everything that the schedule can be wrong about by itself."""
-    found = [*_timezone(schedule.timezone), *_alerts(schedule), *_tier_names(schedule)]
+    found = [*_timezone(schedule.timezone), *_alerts(schedule), *_paging(schedule), *_tier_names(schedule)]
     for name, tier in schedule.tiers.items():
         found += [(("tiers", name, *place), text, hint) for place, text, hint in _tier(tier)]
     if schedule.state == schedule.repository:
@@ -68,10 +69,17 @@ def _timezone(name: str) -> Found:
 
 
 def _alerts(schedule: Schedule) -> Found:
-    for index, url in enumerate(schedule.alerts):
-        if not _ALERT_URL.fullmatch(url):
+    for index, receiver in enumerate(schedule.alerts):
+        if not _ALERT_URL.fullmatch(receiver.url):
             text = 'is not an alert URL; write for example "mailtos://user:${SMTP_PASSWORD}@example.com"'
             yield ("alerts", index), text, "every service and its URL: https://github.com/caronc/apprise/wiki"
+
+
+def _paging(schedule: Schedule) -> Found:
+    for name in ("digest", "test"):
+        expression = getattr(schedule.paging, name)
+        if expression is not None:
+            yield from _cron(expression, ("paging", name))
 
 
 def _tier_names(schedule: Schedule) -> Found:
@@ -96,19 +104,17 @@ def _tier(tier: Tier) -> Found:
     if slot_fault := _slot(tier.slot):
         yield ("slot",), slot_fault, None
         return
+    if tier.ping is not None and not _WEB_URL.fullmatch(tier.ping):
+        yield ("ping",), 'is not a web address; write for example "https://hc-ping.com/${DAILY_PING}"', None
     if tier.cron is None:
+        if tier.ping is not None:
+            yield ("ping",), 'needs "cron": without one, nobody knows when the tier should be there', None
         return
-    try:
-        fires = _fires(tier.cron)
-    except ValueError as error:
-        yield (
-            ("cron",),
-            str(error),
-            'minute, hour, day of month, month, day of week: "0 7 * * *" is every day at 7',
-        )
+    if wrong := list(_cron(tier.cron, ("cron",))):
+        yield from wrong
         return
     names: dict[str, datetime] = {}
-    for fire in fires:
+    for fire in _fires(tier.cron):
         name = fire.strftime(tier.slot)
         if names.setdefault(name, fire) != fire:
             text = f'"{tier.slot}" gives two runs of "{tier.cron}" the same name, {name}: the second is never made'
@@ -135,6 +141,17 @@ def _slot(pattern: str) -> str | None:
     if len(rendered) > _SLOT_LENGTH:
         return f'"{pattern}" gives names longer than {_SLOT_LENGTH} characters'
     return None
+
+
+def _cron(expression: str, place: Place) -> Found:
+    try:
+        _fires(expression)
+    except ValueError as error:
+        yield (
+            place,
+            str(error),
+            'minute, hour, day of month, month, day of week: "0 7 * * *" is every day at 7',
+        )
 
 
 def _fires(expression: str) -> list[datetime]:

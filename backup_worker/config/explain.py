@@ -1,8 +1,8 @@
 """Turn what pydantic found wrong into sentences that name the place, the fault and what would be right.
 
 Everything comes from the JSON Schema of the file, so that an error message, an editor's tooltip and the reference
-never disagree. Values are shown as they are written in the file (not as `${NAME}` expands), and never those of alerts:
-their URLs carry passwords.
+never disagree. Values are shown as they are written in the file (not as `${NAME}` expands), and never those of alerts
+and pings: their URLs carry passwords.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _WRONG_TYPE = {
     "string_type", "int_type", "int_from_float", "float_type", "bool_type", "list_type", "dict_type", "model_type",
     "path_type", "none_required", "model_attributes_type", "is_instance_of", "finite_number",
 }  # fmt: skip
+_SECRET = frozenset(("alerts", "ping"))
 _SHOWN_LENGTH = 60
 _EXAMPLE_LENGTH = 100
 
@@ -196,7 +197,7 @@ def _value_at(document: Any, place: Place, otherwise: Any) -> Any:
 
 
 def _shown(value: Any, place: Place) -> str:
-    if "alerts" in place and not isinstance(value, int | float | None):
+    if not _SECRET.isdisjoint(place) and not isinstance(value, int | float | None):
         return "the value"
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"

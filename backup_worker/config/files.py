@@ -154,7 +154,7 @@ def _refused_alerts(schedule: Schedule, file: str) -> list[Problem]:
         Problem(
             file, ("alerts", index), text, "every service and its URL: https://github.com/caronc/apprise/wiki"
         )
-        for index, text in refused_urls(schedule.alerts)
+        for index, text in refused_urls([receiver.url for receiver in schedule.alerts])
     ]
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from backup_worker.config.fields import AbsolutePath, Model
+from backup_worker.config.paging import Paging, ReceiverItem
 
 TIER_NAME = r"^[A-Za-z0-9]+(-[A-Za-z0-9]+)*$"
 
@@ -70,6 +71,14 @@ class Tier(Model):
         "link shares its content (no space, still re-read and verified), copy makes every snapshot independent.",
         examples=["link"],
     )
+    ping: str | None = Field(
+        None,
+        title="URL",
+        description="A dead man's switch as healthchecks.io has them: it is told when a round of this tier begins, "
+        "when every agent's snapshot is there and proven, and when one is not. Needs cron.",
+        examples=["https://hc-ping.com/${DAILY_PING}"],
+        repr=False,
+    )
 
 
 class Limits(Model):
@@ -100,7 +109,8 @@ class Limits(Model):
     alert_repeat_minutes: float = Field(
         60,
         title="number of minutes",
-        description="How often an open alert is sent again until it is acknowledged or resolved.",
+        description="How long after it was sent an open alert is sent again, until it is acknowledged or resolved; "
+        "each further pause is twice as long, up to a day.",
         examples=[60],
         gt=0,
     )
@@ -129,6 +139,22 @@ class Limits(Model):
         examples=[60],
         gt=0,
         le=10080,
+    )
+    mass_silence: float = Field(
+        0.5,
+        title="share between 0 and 1",
+        description="If more than this share of the fleet (and at least three agents) falls silent at once, the bus and "
+        "the host are proven well first, and nobody is recovered whose process still runs.",
+        examples=[0.5],
+        ge=0,
+        le=1,
+    )
+    history_bytes: int = Field(
+        64 * 1024**2,
+        title="number of bytes",
+        description="When the record has this size, it goes on in a new file; the old one is kept beside it.",
+        examples=[67108864],
+        ge=4096,
     )
     log_days: float = Field(
         7,
@@ -166,6 +192,31 @@ class Drill(Model):
         title="number of days",
         description="Within how many days each agent's newest good state is restored for proof.",
         examples=[30],
+        gt=0,
+    )
+
+
+class Approvals(Model):
+    """The watch over the files that change only with a human's approval."""
+
+    classes: list[str] = Field(
+        default_factory=lambda: ["weights", "rules", "charter"],
+        title="list of file classes",
+        description="File classes of agents.json whose every change needs an approval.",
+        examples=[["weights", "rules", "charter"]],
+    )
+    expire_days: float = Field(
+        14,
+        title="number of days",
+        description="After so many days a proposal can no longer be approved.",
+        examples=[14],
+        gt=0,
+    )
+    scan_minutes: float = Field(
+        5,
+        title="number of minutes",
+        description="How often these files are compared with what was approved.",
+        examples=[5],
         gt=0,
     )
 
@@ -223,13 +274,17 @@ class Schedule(Model):
         examples=[DEFAULT_TIERS],
         min_length=1,
     )
-    alerts: list[str] = Field(
+    alerts: list[ReceiverItem] = Field(
         default_factory=list,
         title="list of alert URLs",
-        description="Where a human is told, as apprise URLs (github.com/caronc/apprise): e-mail, chat, SMS, webhooks. "
-        "Keep passwords in the environment: ${SMTP_PASSWORD}.",
+        description="Where a human is told, as apprise URLs (github.com/caronc/apprise): e-mail, chat, SMS, webhooks; "
+        "or as maps with url and min_severity or severities. Keep passwords in the environment: ${SMTP_PASSWORD}.",
         examples=[["mailtos://user:${SMTP_PASSWORD}@example.com"]],
     )
+    paging: Paging = Field(default_factory=Paging, title="map", description="How and when humans are told.")
     limits: Limits = Field(default_factory=Limits, title="map of limits", description="When to alert.")
     scrub: Scrub = Field(default_factory=Scrub, title="map", description="Verification of what is stored.")
     drill: Drill = Field(default_factory=Drill, title="map", description="Proof that restoring works.")
+    approvals: Approvals = Field(
+        default_factory=Approvals, title="map", description="Changes that need an approval."
+    )

@@ -169,7 +169,7 @@ def _receiver(url: str) -> str:
 def alerts_page() -> str:
     """Show what a human should know."""
     here = view()
-    receivers = [_receiver(url) for url in here.config.schedule.alerts]
+    receivers = [_receiver(one.url) for one in here.config.schedule.alerts]
     return render_template("alerts.html", alerts=here.known(alerts.open_alerts, []), receivers=receivers)
 
 

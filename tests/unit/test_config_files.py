@@ -148,6 +148,20 @@ def test_an_unset_variable_is_named_with_its_place() -> None:
         (top(timezone="Europe/Olso"), 'timezone: "Europe/Olso" is not a known time zone; did you mean "Europe/Oslo"?'),
         (top(timezone="../../etc/passwd"), 'timezone: "../../etc/passwd" is not a known time zone'),
         (top(alerts=["nobody"]), "alerts[0]: is not an alert URL"),
+        (top(alerts=[{"url": "nobody"}]), "alerts[0]: is not an alert URL"),
+        (top(alerts=[{"min_severity": "critical"}]), 'alerts[0]: key "url" is missing'),
+        (top(alerts=[{"url": "json://x", "min_severity": "crit"}]), "alerts[0].min_severity: the value is not known"),
+        (top(alerts=[{"url": "json://x", "severity": "critical"}]), 'alerts[0]: unknown key "severity"'),
+        (top(alerts=[{"url": "json://x", "severities": []}]), "alerts[0].severities: must not be empty"),
+        (top(alerts=[{"url": "json://x", "severities": ["info"], "min_severity": "info"}]),
+         "alerts[0]: has both min_severity and severities"),
+        (top(alerts=[5]), "alerts[0]: 5 is not"),
+        (top(paging={"digest": "at eight"}), 'paging.digest: "at eight" is not a cron expression'),
+        (top(paging={"test": "0 0 31 2 *"}), 'paging.test: "0 0 31 2 *" is not a cron expression'),
+        (top(paging={"group_seconds": -1}), "paging.group_seconds: -1 is less than 0"),
+        (daily(ping="hc-ping.com/x"), "tiers.daily.ping: is not a web address"),
+        (lambda s, a: s["tiers"]["on-change"].update(ping="https://hc-ping.com/x"),
+         'tiers.on-change.ping: needs "cron"'),
         (lambda s, a: s.pop("repository"), 'config/backup_schedule.json: key "repository" is missing'),
         (daily(cron="0 25 * * *"), 'tiers.daily.cron: "0 25 * * *" is not a cron expression: bad hour'),
         (daily(cron="0 0 0 7 * *"), "it must have five fields, not 6"),
@@ -205,8 +219,36 @@ def test_a_root_that_reaches_the_repository_through_a_link_is_refused(tmp_path: 
     assert "lies in the repository" in refusal(change).message
 
 
+def test_an_alert_url_alone_and_a_map_with_its_severities_are_both_receivers() -> None:
+    written = ["a://x", {"url": "b://x", "min_severity": "warning"}, {"url": "c://x", "severities": ["info"]}]
+    receivers = load(top(alerts=written)).schedule.alerts
+    takes = {one.url[0]: [word for word in config.SEVERITIES if one.takes(word)] for one in receivers}
+    assert takes == {"a": ["info", "warning", "critical"], "b": ["warning", "critical"], "c": ["info"]}
+
+
+def test_a_configuration_never_shows_the_secrets_of_its_urls() -> None:
+    def change(schedule: dict[str, Any], agents: dict[str, Any]) -> None:
+        schedule["alerts"] = [
+            "json://me:hunter2@x",
+            {"url": "json://me:hunter2@y", "min_severity": "critical"},
+        ]
+        schedule["tiers"]["daily"]["ping"] = "https://hc-ping.com/hunter2"
+
+    assert "hunter2" not in repr(load(change))
+    wrong = refusal(daily(ping=["https://hc-ping.com/hunter2"]))
+    assert "hunter2" not in f"{wrong.message} {wrong.hint}"
+
+
 @pytest.mark.parametrize(
-    "wrong", ["mailto://me:hunter2@host", {"url": "mailto://me:hunter2@host"}, ["me:hunter2"]]
+    "wrong",
+    [
+        "mailto://me:hunter2@host",
+        {"url": "mailto://me:hunter2@host"},
+        ["me:hunter2"],
+        [{"url": "me:hunter2"}],
+        [{"url": ["json://me:hunter2@host"]}],
+        [{"url": "json://me:hunter2@host", "min_severity": "hunter2"}],
+    ],
 )
 def test_an_error_about_alerts_never_shows_the_password(wrong: Any) -> None:
     error = refusal(top(alerts=wrong))

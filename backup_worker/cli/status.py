@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from em_bridge import clock
+from em_bridge.errors import UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
 
 if TYPE_CHECKING:
@@ -19,16 +21,34 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def status(
-    config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption = None, as_json: JsonOption = False
+    config: ConfigOption = DEFAULT_CONFIG,
+    redis_url: RedisUrlOption = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Stay, and show it anew all the time; Ctrl-C leaves.")
+    ] = False,
+    every: Annotated[
+        float, typer.Option("--every", metavar="S", min=0.2, help="Seconds between two looks of --watch.")
+    ] = 1.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Show whether everything is backed up and running; exit 1 if a backup, a verification or the proof
     of a restore is overdue or a snapshot is damaged, 3 if Redis is away.
 
-    Example: `backup-worker status --json`
+    Example: `backup-worker status --watch`
     """
     from backup_worker.cli._common import try_runtime
     from backup_worker.status import is_late, overview
 
+    if watch:
+        if as_json or not sys.stdout.isatty():
+            raise UsageError(
+                "--watch needs a terminal",
+                hint="in a script, call `backup-worker status --json` as often as needed",
+            )
+        from backup_worker.cli._watch import stay
+
+        stay(config, redis_url, every)
+        return
     runtime, away = try_runtime(config, redis_url)
     result = overview(runtime, clock.now())
     zone = runtime.config.schedule.timezone
@@ -43,7 +63,7 @@ def _print(facts: dict[str, Any], zone: str) -> None:
     from backup_worker.cli._common import age, coloured, described_pause, moment, new_table, show, size
 
     tiers = list(facts["next_runs"])
-    table = new_table("newest good snapshot", "agent", *tiers, "restore proven")
+    table = new_table("newest good snapshot", "agent", "state", *tiers, "restore proven")
     for row in facts["agents"]:
         cells: list[str | Text] = []
         for tier in tiers:
@@ -52,7 +72,7 @@ def _print(facts: dict[str, Any], zone: str) -> None:
             cells.append(
                 coloured(f"{text}, {cell['overdue']} is overdue", "red") if cell["overdue"] else text
             )
-        table.add_row(row["agent"], *cells, _proven(row["drill"]))
+        table.add_row(row["agent"], row["state"] or "unknown", *cells, _proven(row["drill"]))
     runs = ", ".join(f"{tier} {moment(at, zone)}" for tier, at in facts["next_runs"].items() if at)
     show(table, f"next runs ({zone}): {runs or 'none'}")
     _print_scrub(facts["scrub"])

@@ -130,10 +130,14 @@ def ensure_group(client: redis.Redis, stream: str, group: str) -> None:
             raise
 
 
-def read_range(
+Row = tuple[bytes, Sequence[bytes]]
+"""An entry as the server sends it: its id, then field, value, field, value…"""
+
+
+def read_batches(
     client: redis.Redis, stream: str, start: str = "-", end: str = "+", batch: int = 1000
-) -> Iterator[tuple[str, Fields]]:
-    """Yield (entry id, fields) from `start` to `end`, both inclusive, `batch` entries a round trip.
+) -> Iterator[list[Row]]:
+    """Yield the entries from `start` to `end`, both inclusive, `batch` a round trip.
 
     The next batch is asked for before this one is handed out, so that server and reader work at the same time; no more
     than two batches are in memory.
@@ -146,15 +150,25 @@ def read_range(
             last = len(rows) < batch
             if not last:
                 ahead.ask(stream, f"({rows[-1][0].decode()}", end, batch)
-            for raw_id, flat in rows:
-                yield raw_id.decode(), dict(zip(flat[::2], flat[1::2], strict=True))
+            yield rows
             if last:
                 return
     finally:
         ahead.close()
 
 
-_Rows = list[tuple[bytes, Sequence[bytes]]]
+def read_range(
+    client: redis.Redis, stream: str, start: str = "-", end: str = "+", batch: int = 1000
+) -> Iterator[tuple[str, Fields]]:
+    """Yield (entry id, fields) from `start` to `end`, both inclusive, as `read_batches` reads them."""
+    for rows in read_batches(client, stream, start, end, batch):
+        yield from map(entry_of, rows)
+
+
+def entry_of(row: Row) -> tuple[str, Fields]:
+    """Return the entry id and the fields of `row`."""
+    raw_id, flat = row
+    return raw_id.decode(), dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 class _Ahead:
@@ -178,12 +192,12 @@ class _Ahead:
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
             self.close()
 
-    def answer(self) -> _Rows:
+    def answer(self) -> list[Row]:
         if self._due:
             try:
                 rows = self._connection.read_response()
                 self._due = False
-                return cast(_Rows, rows)
+                return cast(list[Row], rows)
             except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
                 self.close()
             except exceptions.ResponseError:

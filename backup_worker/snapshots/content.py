@@ -105,9 +105,15 @@ def _read_block(source: int, size: int) -> bytes:
         raise ReadError(error.errno, error.strerror) from error
 
 
+def write_whole(target: int, content: bytes) -> None:
+    """Write all that a new file holds."""
+    if content and _write_block(target, content):
+        os.ftruncate(target, len(content))
+
+
 def _write_block(target: int, chunk: bytes) -> bool:
     """Write; tell whether a hole was left instead."""
-    if len(chunk) >= 4096 and chunk == _ZEROS[: len(chunk)]:
+    if len(chunk) >= 4096 and not chunk[0] and chunk == _ZEROS[: len(chunk)]:
         os.lseek(target, len(chunk), os.SEEK_CUR)
         return True
     written = os.write(target, chunk)

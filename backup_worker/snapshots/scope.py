@@ -42,7 +42,11 @@ class Scope:
 
     def covers(self, path: str) -> bool:
         """Tell whether a snapshot of this scope decides about `path`."""
-        return self._included.fullmatch(path) is not None and not self.excludes(path)
+        return self.includes(path) and not self.excludes(path)
+
+    def includes(self, path: str) -> bool:
+        """Tell whether `path` is included; that it is not excluded either is for the caller to know."""
+        return self._included.fullmatch(path) is not None
 
     def excludes(self, path: str) -> bool:
         """Tell whether `path`, or a folder above it, is excluded by name."""
@@ -53,7 +57,7 @@ class Scope:
         if self.excludes(folder):
             return False
         below = folder + "/"
-        return self._included.fullmatch(folder) is not None or any(
+        return self.includes(folder) or any(
             start.startswith(below) or below.startswith(start) for start in self._literal_starts
         )
 

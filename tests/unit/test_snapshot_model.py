@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from backup_worker.snapshots import (
     Policy,
     capture,
+    copier,
     execute,
     heal_snapshot,
     plan_prune,
@@ -158,7 +159,7 @@ class Life(RuleBasedStateMachine):
 
 def test_any_order_of_what_can_happen_keeps_the_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "SETTLED_S", 0.0)
-    monkeypatch.setattr(capture, "HOT_S", 0.0)
+    monkeypatch.setattr(copier, "HOT_S", 0.0)
     life = Life.TestCase
     life.settings = settings(
         max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK_OPTIONS := --quiet --universal --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: setup demo up test faults lint bench lock clean help
+.PHONY: setup demo up test faults docs lint bench lock clean help
 
 help: ## Show what there is to do
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: setup ## Run all tests
 
 faults: setup ## Kill and starve backup, restore, prune and healing at every system call, and say at how many
 	FAULTS=all $(BIN)/python -m pytest -s tests/faults/test_snapshot_crashes.py
+
+docs: setup ## Write the reference pages from the schemas and the commands
+	$(BIN)/python -m backup_worker.reference
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

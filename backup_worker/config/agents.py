@@ -10,6 +10,8 @@ from backup_worker.config.fields import AbsolutePath, Command, Model, Pattern, R
 
 AGENT_ID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 HOST_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+MAX_STABLE_BEATS = 100
+"""More than so many beats of an agent in a row are not remembered for sure; see `recovery.heartbeats`."""
 CLASS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 
 
@@ -158,6 +160,7 @@ class Heartbeat(Model):
         description="Heartbeats in a row of the new process that prove it.",
         examples=[3],
         ge=1,
+        le=MAX_STABLE_BEATS,
     )
     health_within: float = Field(
         30,

@@ -19,6 +19,7 @@ from backup_worker.config.explain import Problem, suggestion
 from backup_worker.config.schedule import Schedule, Tier
 
 SLOT = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
+OUR_NAME = "backup-worker"
 _SLOT_LENGTH = 64
 _FIRES = 64
 _ALERT_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://\S+")
@@ -178,6 +179,9 @@ def _fires(expression: str) -> list[datetime]:
 def _unique(agents: AgentsFile) -> Found:
     seen: dict[str, str] = {}
     for name in agents.agents:
+        if name.lower() == OUR_NAME:
+            text = "is the name under which this program itself sends messages to agents"
+            yield ("agents", name), text, "give the agent another name"
         other = seen.setdefault(name.lower(), name)
         if other != name:
             yield (

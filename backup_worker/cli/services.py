@@ -62,6 +62,8 @@ def up(
 
     log_to_stderr()
     loaded = load(config, check_alerts=True)
+    if not no_console:
+        _check_console(listen, loaded.schedule.state)
     with contextlib.ExitStack() as stack:
         url, keep = redis_url, None
         if url is None:
@@ -88,6 +90,21 @@ def up(
             grow()
 
         supervisor.run(also=also)
+
+
+def _check_console(listen: str, state: Path) -> None:
+    """Raise UsageError for a console that could not start: it would be started again and again for ever."""
+    from importlib.util import find_spec
+
+    from backup_worker.console.address import checked
+
+    missing = [name for name in ("flask", "rq_dashboard", "waitress") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"the console needs the package “{missing[0]}”",
+            hint="pip install 'agent-backup[console]', or leave it out with --no-console",
+        )
+    checked(listen, state)
 
 
 def dispatcher(config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption = None) -> None:

@@ -6,7 +6,6 @@ It listens on this machine's own address, unless there are users who have to log
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import signal
 from collections.abc import Iterator
@@ -14,26 +13,20 @@ from typing import Any
 
 import waitress
 
+from backup_worker.console.address import checked, is_loopback
 from backup_worker.console.app import create_app
-from backup_worker.console.users import Users
 from backup_worker.runtime import Runtime
 from em_bridge.errors import UsageError
 
 log = logging.getLogger(__name__)
 
 THREADS = 8
-_LISTEN_HINT = "write it as HOST:PORT, for example 127.0.0.1:8080"
 
 
 def serve(runtime: Runtime, listen: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises UsageError for an address that is wrong, taken or not allowed."""
-    host, port = parse_listen(listen)
+    host, port = checked(listen, runtime.config.schedule.state)
     loopback = is_loopback(host)
-    if not loopback and not Users(runtime.config.schedule.state / "console").names():
-        raise UsageError(
-            f"the console has no users, so it does not listen on “{listen}”",
-            hint="add one with `backup-worker user add NAME`, or listen on 127.0.0.1",
-        )
     if not loopback:
         log.warning("%s is reachable by others: put a proxy with TLS before it", listen)
     app = create_app(runtime, loopback=loopback)
@@ -53,23 +46,6 @@ def serve(runtime: Runtime, listen: str) -> None:
             server.run()
         finally:
             server.close()
-
-
-def parse_listen(listen: str) -> tuple[str, int]:
-    """Return host and port; raises UsageError."""
-    host, separator, port = listen.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not separator or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"“{listen}” is not an address to listen on", hint=_LISTEN_HINT)
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @contextlib.contextmanager

@@ -52,6 +52,20 @@ def test_a_worker_of_an_unknown_queue_is_refused(fleet: SmallFleet, queue: str) 
     fails(run(fleet, "worker", "--queue", queue), 2, f"there is no queue “{queue}”")
 
 
+@pytest.mark.parametrize(
+    ("listen", "message"),
+    [
+        ("127.0.0.1:0", "“127.0.0.1:0” is not an address to listen on"),
+        ("8080", "“8080” is not an address to listen on"),
+        ("0.0.0.0:8080", "the console has no users, so it does not listen on “0.0.0.0:8080”"),
+    ],
+)
+def test_up_refuses_a_console_that_it_would_start_for_ever(
+    fleet: SmallFleet, listen: str, message: str
+) -> None:
+    fails(run(fleet, "up", "--listen", listen), 2, message)
+
+
 @pytest.mark.parametrize("command", [*PARTS, "status", "changes", "up"])
 def test_a_wrong_url_is_a_usage_error(fleet: SmallFleet, command: str) -> None:
     fails(run(fleet, command, url="http://:hunter2@127.0.0.1"), 2, "wrong redis url")

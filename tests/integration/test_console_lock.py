@@ -277,7 +277,7 @@ def test_it_refuses_to_listen_for_others_while_there_are_no_users(world: World) 
     "listen", ["8080", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:0", ":80", "127.0.0.1:99999"]
 )
 def test_an_address_that_is_none_is_a_usage_error(world: World, listen: str) -> None:
-    from backup_worker.console.server import parse_listen
+    from backup_worker.console.address import parse_listen
 
     with pytest.raises(UsageError):
         parse_listen(listen)

@@ -12,7 +12,8 @@ import ctypes
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
 from backup_worker.snapshots.disk import Tree
@@ -195,37 +196,35 @@ def opened_ahead(
     The page cache forgets each file, and the disk is asked for a whole group before the first of it is read. The
     descriptor is closed when the next one is asked for.
     """
-    group: list[T] = []
-    for item in items:
-        group.append(item)
-        if len(group) == AHEAD:
-            yield from _opened_group(tree, group, path)
-            group = []
-    yield from _opened_group(tree, group, path)
+    waiting = iter(items)
+    while group := list(islice(waiting, AHEAD)):
+        opened: list[int | OSError] = []
+        try:
+            for item in group:
+                try:
+                    opened.append(tree.open(path(item), os.O_RDONLY))
+                except OSError as error:
+                    opened.append(error)
+            _ask_ahead([fd for fd in opened if isinstance(fd, int)])
+            opened.reverse()
+            for item in group:
+                found = opened[-1]
+                yield item, found
+                opened.pop()
+                if isinstance(found, int):
+                    os.close(found)
+        finally:
+            for found in opened:
+                if isinstance(found, int):
+                    os.close(found)
 
 
-def _opened_group(tree: Tree, group: list[T], path: Callable[[T], str]) -> Iterator[tuple[T, int | OSError]]:
-    opened: list[int | OSError] = []
-    try:
-        for item in group:
-            try:
-                fd = tree.open(path(item), os.O_RDONLY)
-            except OSError as error:
-                opened.append(error)
-                continue
-            opened.append(fd)
-            forget(fd)
-        for found in opened:
-            if isinstance(found, int):
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(found, 0, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        for item in group:
-            found = opened[0]
-            yield item, found
-            opened.pop(0)
-            if isinstance(found, int):
-                os.close(found)
-    finally:
-        for found in opened:
-            if isinstance(found, int):
-                os.close(found)
+def _ask_ahead(fds: Sequence[int]) -> None:
+    """Let the page cache forget what is on the disk already, and the disk begin to read it again."""
+    advise, forgets, wants = os.posix_fadvise, os.POSIX_FADV_DONTNEED, os.POSIX_FADV_WILLNEED
+    # A file system that takes no advice takes none on any file.
+    with contextlib.suppress(OSError):
+        for fd in fds:
+            advise(fd, 0, 0, forgets)
+        for fd in fds:
+            advise(fd, 0, _AHEAD_BYTES, wants)

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_SAFELY = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -87,7 +88,7 @@ class Tree:
     def open(self, path: str, flags: int, mode: int = 0o600) -> int:
         """Open the file `path`, never through a link, never blocking on a pipe."""
         folder, name = self.at(path)
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode, dir_fd=folder)
+        return os.open(name, flags | _SAFELY, mode, dir_fd=folder)
 
     def lstat(self, path: str) -> os.stat_result:
         """Return what `path` itself is; links are not followed."""

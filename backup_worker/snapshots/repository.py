@@ -45,6 +45,7 @@ class Repository:
         self.root = Path(root)
         self.hidden = self.root / HIDDEN
         self._notes = Notes(self.hidden, self.root)
+        self._swept = False
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -225,11 +226,16 @@ class Repository:
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Make the repository's folders and sweep what dead processes left. Raises SnapshotError if not writable."""
+        """Make the repository's folders and sweep what dead processes left. Raises SnapshotError if not writable.
+
+        Swept once by each `Repository`: what dies later is for the next one, or for maintenance.
+        """
         try:
             for name in ("staging", "trash", "locks"):
                 self._make_private(self.hidden / name)
-            self.sweep()
+            if not self._swept:
+                self.sweep()
+                self._swept = True
         except OSError as error:
             raise from_os_error(f"writing to the repository “{self.root}”", error) from error
 

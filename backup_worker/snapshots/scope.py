@@ -9,9 +9,9 @@ the agent's root; an exclude pattern without a slash matches at any depth, as in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from em_bridge.errors import UsageError
@@ -30,11 +30,11 @@ class Scope:
 
     @cached_property
     def _included(self) -> re.Pattern[str]:
-        return _compile(_translate(p, anchored=True) for p in self.include)
+        return _compiled(self.include, anchored=True)
 
     @cached_property
     def _excluded(self) -> re.Pattern[str]:
-        return _compile(_translate(p, anchored=False) for p in (*self.exclude, WORKSHOP, WORKSHOP + "-*"))
+        return _compiled((*self.exclude, WORKSHOP, WORKSHOP + "-*"), anchored=False)
 
     @cached_property
     def _literal_starts(self) -> tuple[str, ...]:
@@ -101,8 +101,10 @@ class AgentFiles:
         return Scope(tuple(dict.fromkeys(patterns)), tuple(self.exclude))
 
 
-def _compile(expressions: Iterable[str]) -> re.Pattern[str]:
-    joined = "|".join(expressions)
+@lru_cache(maxsize=256)
+def _compiled(patterns: tuple[str, ...], *, anchored: bool) -> re.Pattern[str]:
+    # Kept: the agents of a fleet mostly have the same patterns.
+    joined = "|".join(_translate(pattern, anchored=anchored) for pattern in patterns)
     return re.compile(joined or r"(?!)", re.DOTALL)
 
 

@@ -140,13 +140,13 @@ def _check_places(repo: Repository, agent: AgentFiles) -> None:
         raise SnapshotError(
             f"the root “{agent.root}” of “{agent.name}” {what}", hint="see `root` in agents.json"
         )
-    root, store = agent.root.resolve(), repo.root.resolve()
-    if root == store or root in store.parents or store in root.parents:
+    root, store = os.path.realpath(agent.root), os.path.realpath(repo.root)
+    if os.path.commonpath((root, store)) in (root, store):
         raise UsageError(
             f"the repository “{store}” and the root “{root}” of “{agent.name}” lie within each other",
             hint="put the repository outside of every agent's root",
         )
-    if (root / WORKSHOP / "journal.json").exists():
+    if os.path.exists(os.path.join(root, WORKSHOP, "journal.json")):
         raise SnapshotError(
             f"a restore of “{agent.name}” was interrupted; its files are neither old nor new",
             hint="run the restore again: it finishes first what was begun",
@@ -193,7 +193,7 @@ class _Taking:
             staging = stack.enter_context(self.repo.staging())
             source = stack.enter_context(Tree(self.agent.root, follow=True))
             snapshot, scratch = staging / "snapshot", staging / "scratch"
-            for folder in (snapshot, snapshot / FILES, scratch):
+            for folder in (snapshot, snapshot / FILES):
                 os.mkdir(folder, 0o700)
             store = stack.enter_context(Tree(snapshot / FILES))
             capture = Capture(source, store, scratch, self.head.scope, previous=previous)
@@ -279,7 +279,7 @@ class _Taking:
             self.repo.discard_remains(identifier)
             if not self.repo.path(identifier).exists():
                 named = replace(manifest, id=identifier, slot=slot)
-                papers = _write_papers(snapshot, named)
+                papers = _write_papers(snapshot, named, again=number > 1)
                 yield Sync(fd)
                 _check_papers(snapshot, papers)
                 with contextlib.suppress(FileExistsError):
@@ -290,12 +290,13 @@ class _Taking:
             number += 1
 
 
-def _write_papers(snapshot: Path, manifest: Manifest) -> dict[str, bytes]:
+def _write_papers(snapshot: Path, manifest: Manifest, *, again: bool) -> dict[str, bytes]:
     content = encode(manifest)
     papers = {MANIFEST: content, CHECKSUMS: checksums(content, manifest.entries)}
     with Tree(snapshot) as tree:
         for name, text in papers.items():
-            tree.remove(name)
+            if again:
+                tree.remove(name)
             disk.write_file(tree, name, text, sync=False)
     return papers
 

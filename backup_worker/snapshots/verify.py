@@ -77,19 +77,21 @@ def read_back(
             yield entry, f"cannot be opened: {(found.strerror or '').lower()}"
             continue
         content: bytes | None = None
+        size = expected = entry.size
         try:
-            if entry.size < SMALL_BYTES:
-                content = os.read(found, entry.size + 1)
-            if content is not None and len(content) == entry.size:
-                size, digest = entry.size, hashlib.sha256(content).hexdigest()
+            if expected < SMALL_BYTES:
+                content = os.read(found, expected + 1)
+            if content is not None and len(content) == expected:
+                digest = hashlib.sha256(content).hexdigest()
             else:
+                content = None
                 os.lseek(found, 0, os.SEEK_SET)
-                size, digest = copy_hashed(found, None, entry.size)
+                size, digest = copy_hashed(found, None, expected)
         except OSError as error:
             yield entry, f"cannot be read: {(error.strerror or '').lower()}"
             continue
-        if size != entry.size:
-            yield entry, f"has {size} bytes, not {entry.size}"
+        if size != expected:
+            yield entry, f"has {size} bytes, not {expected}"
         elif digest != entry.sha256:
             yield entry, "its content changed"
         elif look is not None:

@@ -47,7 +47,7 @@ class Captured:
 
 
 class Capture:
-    """One run over one agent's tree. `store` receives the files; `scratch`, made where it is needed, work in progress."""
+    """One run over one agent's tree. `store` receives the files; `scratch`, made if needed, work in progress."""
 
     def __init__(
         self,

@@ -202,7 +202,7 @@ def opened_ahead(
         try:
             for item in group:
                 try:
-                    opened.append(tree.open(path(item), os.O_RDONLY))
+                    opened.append(tree.open_quietly(path(item)))
                 except OSError as error:
                     opened.append(error)
             _ask_ahead([fd for fd in opened if isinstance(fd, int)])

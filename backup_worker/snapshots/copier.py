@@ -34,7 +34,6 @@ kernel writes the page back, which it does after 35 seconds."""
 SMALL_BYTES = 1 << 20
 """A file up to this size is read with one call."""
 _NO_LINK = (errno.EMLINK, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EXDEV, errno.ELOOP)
-_READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _CREATING = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Sleep = Callable[[float], None]
@@ -79,7 +78,7 @@ class Copier:
         old = self.previous.entries.get(path) if self.previous else None
         if old is not None and _is_unchanged(old, listed):
             return self._share(old, folder, name)
-        read = self._read_small(folder, name, listed)
+        read = self._read_small(path, listed)
         if read is None:
             return None
         content, xattrs = read
@@ -109,11 +108,11 @@ class Copier:
         )  # fmt: skip
 
     def _read_small(
-        self, folder: str, name: str, listed: os.stat_result
+        self, path: str, listed: os.stat_result
     ) -> tuple[bytes, tuple[tuple[str, str], ...]] | None:
         """Return content and attributes, or None where the file is not, before and after, what was listed."""
         try:
-            fd = os.open(name, _READING, dir_fd=self.source.folder(folder))
+            fd = self.source.open_quietly(path)
         except OSError:
             return None
         try:
@@ -164,7 +163,7 @@ class Copier:
         `twin` returns the entry of an earlier path of this snapshot that is the same file, if there is one.
         """
         try:
-            fd = self.source.open(path, os.O_RDONLY)
+            fd = self.source.open_quietly(path)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
                 raise FileNotFoundError(path) from error

@@ -35,6 +35,7 @@ class Tree:
         flags = _FOLDER & ~os.O_NOFOLLOW if follow else _FOLDER
         self.fd = os.open(path, flags, dir_fd=dir_fd)
         self._cached = ("", self.fd)
+        self._quiet = True
 
     def __enter__(self) -> Tree:
         return self
@@ -89,6 +90,20 @@ class Tree:
         """Open the file `path`, never through a link, never blocking on a pipe."""
         folder, name = self.at(path)
         return os.open(name, flags | _SAFELY, mode, dir_fd=folder)
+
+    def open_quietly(self, path: str) -> int:
+        """Open the file `path` for reading as `open` does, and leave its time of access alone where that is allowed.
+
+        That time would be written to the disk, and only whoever owns the file may spare it.
+        """
+        if self._quiet:
+            try:
+                return self.open(path, os.O_RDONLY | os.O_NOATIME)
+            except PermissionError as error:
+                if error.errno != errno.EPERM:
+                    raise
+                self._quiet = False
+        return self.open(path, os.O_RDONLY)
 
     def lstat(self, path: str) -> os.stat_result:
         """Return what `path` itself is; links are not followed."""

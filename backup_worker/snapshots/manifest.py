@@ -85,7 +85,8 @@ class Head:
     """A snapshot without its entries. `created_at` in Unix seconds; `bytes` and `files` count regular files.
 
     `problems` say why it is suspect or partial; `warnings` what else a human should know; `skipped` counts sockets,
-    pipes and devices. `verified_at`, `pinned` and `damaged` are the repository's own notes, not part of the manifest.
+    pipes and devices; `judge` names the rules that its contents were judged by. `verified_at`, `pinned` and `damaged`
+    are the repository's own notes, not part of the manifest.
     """
 
     id: str
@@ -101,6 +102,7 @@ class Head:
     approved: bool | None = None
     approved_by: str | None = None
     event: str | None = None
+    judge: str = ""
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from backup_worker.snapshots.scope import AgentFiles, Scope
 from backup_worker.snapshots.sqlite import integrity_problem, is_database
 
 _PARSE_LIMIT_BYTES = 64 << 20
+_RULES = f"1 python-{sys.version.split()[0]} sqlite-{sqlite3.sqlite_version}"
+"""What a judgement of contents depends on, besides the bytes. Raise the number when the rules below change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +37,26 @@ class Limits:
 
 
 class Look:
-    """Judges the content of files one by one, while they are open; `problems` by path is what it found."""
+    """Judges the content of files one by one, while they are open; `problems` by path is what it found.
 
-    def __init__(self, agent: AgentFiles, files: Tree) -> None:
+    What `earlier` found sane by the same rules is not judged again: the same bytes (by their SHA-256, which the caller
+    has just computed anew), parsed by the same Python and SQLite, say the same.
+    """
+
+    def __init__(self, agent: AgentFiles, files: Tree, earlier: Manifest | None = None) -> None:
         self.problems: dict[str, str] = {}
         self._files = files
         self._skills = Scope(tuple(agent.files.get("skills", ())))
+        self.judge = f"{_RULES} skills: {' '.join(self._skills.include)}"
+        self._sane: dict[str, str | None] = {}
+        if earlier is not None and earlier.judge == self.judge:
+            named = {problem.path for problem in earlier.problems}
+            self._sane = {e.path: e.sha256 for e in earlier.entries if e.sha256 and e.path not in named}
 
     def __call__(self, entry: Entry, fd: int, content: bytes | None) -> None:
         """Look at the file open as `fd`; `content`, if the caller has it."""
+        if self._sane.get(entry.path) == entry.sha256:
+            return
         if problem := self._problem(entry, fd, content):
             self.problems[entry.path] = problem
         else:
@@ -129,7 +144,7 @@ def json_problem(content: bytes) -> str | None:
     if content.startswith(b"\xef\xbb\xbf"):
         return "not valid JSON: it begins with a byte-order mark"
     try:
-        json.loads(content.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        _STRICT.decode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"not valid JSON: not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
@@ -152,6 +167,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return keys
 
 
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
+
+
 def _python_problem(content: bytes, path: str) -> str | None:
     try:
         with warnings.catch_warnings():
@@ -168,8 +186,9 @@ def _shrunk(
     scope: Scope, entries: Mapping[str, Entry], last_good: Manifest, limit: float
 ) -> Iterable[Problem]:
     """Compare only what both snapshots cover: a changed `include` or `exclude` is no loss."""
-    before = [e for e in last_good.entries if e.kind == "file" and scope.covers(e.path)]
-    after = [e for e in entries.values() if e.kind == "file" and last_good.scope.covers(e.path)]
+    same = scope == last_good.scope
+    before = [e for e in last_good.entries if e.kind == "file" and (same or scope.covers(e.path))]
+    after = [e for e in entries.values() if e.kind == "file" and (same or last_good.scope.covers(e.path))]
     for what, old, new in (
         ("files", len(before), len(after)),
         ("bytes", sum(e.size for e in before), sum(e.size for e in after)),

@@ -200,7 +200,7 @@ class _Taking:
             with around_backup(self.agent, self.warnings):
                 self._check_space(capture.planned_bytes())
                 captured = capture.run()
-            look = Look(self.agent, store)
+            look = Look(self.agent, store, self.manifest)
             yield Sync(store.fd, weight=_weight(captured))
             yield from self._prove(capture, store, look)
             manifest = self._describe(store, captured, look)
@@ -261,6 +261,7 @@ class _Taking:
         values = {key: getattr(self.head, key) for key in self.head.__dataclass_fields__}
         values |= {
             "status": status,
+            "judge": look.judge,
             "files": len(files),
             "bytes": sum(entry.size for entry in files),
             "problems": (*captured.problems, *doubts),

@@ -123,6 +123,14 @@ def test_a_file_at_rest_is_known_by_inode_size_and_times_and_its_copy_still_prov
     assert "damaged" in third.warnings[0]
 
 
+def test_reading_leaves_the_times_of_access_of_the_agents_files_alone(place: Place) -> None:
+    long_ago = NOON - 10**8
+    for path in (place.root / "SOUL.md", place.root / "weights.json"):
+        os.utime(path, (long_ago, NOON - 1000))
+    place.take()
+    assert [os.stat(place.root / name).st_atime for name in ("SOUL.md", "weights.json")] == [long_ago] * 2
+
+
 def test_a_change_that_keeps_size_and_mtime_is_seen_by_its_ctime(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,13 +6,24 @@ import io
 import os
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backup_worker.snapshots import Entry, Manifest, NoSpace, Problem, Scope, SnapshotError, verify_snapshot
+from backup_worker.snapshots import (
+    Entry,
+    Manifest,
+    NoSpace,
+    Problem,
+    Scope,
+    SnapshotError,
+    sanity,
+    take_snapshot,
+    verify_snapshot,
+)
 from backup_worker.snapshots.manifest import checksum_line, decode, encode, read_head
 from backup_worker.snapshots.sanity import Limits, json_problem
 from tests.agent_on_disk import NOON, Place, coreutils_proves
@@ -147,6 +158,47 @@ def test_nonsense_is_stored_but_suspect(place: Place, path: str, content: str | 
     assert [problem.path for problem in made.problems] == [path]
     assert why in made.problems[0].problem
     assert verify_snapshot(place.repo, made.id, NOON) == []
+
+
+def test_an_unchanged_poison_stays_suspect(place: Place) -> None:
+    place.write("skills/greet.py", "def broken(:\n")
+    place.take(slot="1", unchanged="link")
+    second = place.take(slot="2", now=NOON + 1, unchanged="link")
+    assert second.by_path()["skills/greet.py"].linked
+    assert [problem.path for problem in second.problems] == ["skills/greet.py"]
+
+
+@pytest.mark.parametrize("changed", ["nothing", "the content", "the rules", "what is a skill"])
+def test_contents_are_judged_again_if_they_or_the_rules_changed(
+    place: Place, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    place.take(slot="1", unchanged="link")
+    judged: list[bytes] = []
+    real = sanity._python_problem
+
+    def watching(content: bytes, path: str) -> str | None:
+        judged.append(content)
+        return real(content, path)
+
+    monkeypatch.setattr(sanity, "_python_problem", watching)
+    agent = place.agent
+    if changed == "the content":
+        place.write("skills/greet.py", "def greet():\n    return 'good morning'\n")
+    elif changed == "the rules":
+        monkeypatch.setattr(sanity, "_RULES", "those of another Python")
+    elif changed == "what is a skill":
+        agent = replace(agent, files={**agent.files, "skills": ["skills/**", "more/**"]})
+    take_snapshot(
+        place.repo,
+        agent,
+        tier="daily",
+        slot="2",
+        include=["*"],
+        unchanged="link",
+        now=NOON + 1,
+        reason="test",
+    )
+    assert judged == ([] if changed == "nothing" else [(place.root / "skills/greet.py").read_bytes()])
 
 
 def test_a_required_file_that_is_a_link_out_of_the_root_is_suspect(place: Place) -> None:

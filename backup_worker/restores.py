@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from backup_worker.recovery.adapters import adapter_for
 from backup_worker.recovery.locks import acting_on
 from backup_worker.recovery.processes import find
-from backup_worker.snapshots import DamagedSnapshot, plan_restore, restoring
+from backup_worker.snapshots import DamagedSnapshot, good_heads, plan_restore, restoring
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError, UsageError
 
@@ -62,7 +62,11 @@ class Restore:
 
     def check(self) -> None:
         """Refuse what has no state, what would write over a living agent, or into a folder with something else."""
-        self.plan(proven=False)
+        if self.from_id is None and not self.paths:
+            # Only whether there is a state: which it is shows when it is this agent's turn.
+            good_heads(self.repo, self.name, self.as_of)
+        else:
+            self.plan(proven=False)
         if self.in_place:
             self.refuse_living()
         elif self.target.is_dir() and any(self.target.iterdir()):

@@ -22,7 +22,7 @@ from backup_worker.snapshots.retention import (
 )
 from backup_worker.snapshots.sanity import Limits
 from backup_worker.snapshots.scope import AgentFiles, Hook, Scope
-from backup_worker.snapshots.state import Changes, RestorePlan, compare, plan_restore
+from backup_worker.snapshots.state import Changes, RestorePlan, compare, good_heads, plan_restore
 from backup_worker.snapshots.swap import finish_interrupted
 from backup_worker.snapshots.take import take_snapshot
 from backup_worker.snapshots.verify import verify_snapshot
@@ -54,6 +54,7 @@ __all__ = [
     "diff",
     "execute",
     "finish_interrupted",
+    "good_heads",
     "heal_snapshot",
     "keep_evidence",
     "plan_prune",

@@ -14,24 +14,43 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from backup_worker.snapshots import disk
-from backup_worker.snapshots.content import copy_content
+from backup_worker.snapshots.content import CHUNK_BYTES, ReadError, copy_content, write_whole
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.manifest import Entry
+
+_READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_CREATING = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def copy_file(source: Tree, target: Tree, entry: Entry, *, finish: bool) -> None:
     """Copy the file of `entry`; without `finish` its owner, mode and times are left to the caller."""
-    fd = source.open(entry.path, os.O_RDONLY)
+    folder, _, name = entry.path.rpartition("/")
+    # Nobody else sees the folder above, so it may have its rights at once; attributes need the right to write.
+    mode = entry.mode & 0o777 if finish and not entry.xattrs else 0o600
+    fd = os.open(name, _READING, dir_fd=source.folder(folder))
     try:
-        out = target.open(entry.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        out = os.open(name, _CREATING, mode, dir_fd=target.folder(folder))
         try:
-            copy_content(fd, out, os.fstat(fd).st_size)
+            _copy_content(fd, out, entry.size)
             if finish:
                 dress_file(out, entry)
         finally:
             os.close(out)
     finally:
         os.close(fd)
+
+
+def _copy_content(fd: int, out: int, expected: int) -> None:
+    if expected <= CHUNK_BYTES:
+        try:
+            content = os.read(fd, expected + 1)
+        except OSError as error:
+            raise ReadError(error.errno, error.strerror) from error
+        if len(content) == expected:
+            write_whole(out, content)
+            return
+        os.lseek(fd, 0, os.SEEK_SET)
+    copy_content(fd, out, os.fstat(fd).st_size)
 
 
 def as_folder(path: str, info: os.stat_result) -> Entry:
@@ -82,7 +101,11 @@ def dress_file(fd: int, entry: Entry) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS):
                 raise
-    if os.geteuid() == 0:
+    info = os.fstat(fd)
+    owned = os.geteuid() != 0 or (info.st_uid, info.st_gid) == (entry.uid, entry.gid)
+    if not owned:
         os.fchown(fd, entry.uid, entry.gid)
-    os.fchmod(fd, entry.mode)
+    # A new owner takes bits of the mode away.
+    if not owned or stat.S_IMODE(info.st_mode) != entry.mode:
+        os.fchmod(fd, entry.mode)
     os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))

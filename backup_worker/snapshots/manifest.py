@@ -29,6 +29,8 @@ CHECKSUMS = "SHA256SUMS"
 FILES = "files"
 _TIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _SLOT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+:-]{0,127}")
+_OUTSIDE = re.compile(r"(?:\A|/)\.{0,2}(?:/|\Z)|\0")
+"""Finds what no path of a snapshot may have: empty names, `.`, `..`, and the end of a C string."""
 _ENTRIES = b'\n"entries": [\n'
 
 
@@ -242,9 +244,6 @@ def _head_from_json(document: dict[str, Any]) -> dict[str, Any]:
     return head
 
 
-_OPTIONAL = frozenset(
-    ("uid", "gid", "sha256", "target", "linked", "sqlite", "hardlink", "xattrs", "inode", "ctime_ns")
-)
 _quoted = json.encoder.encode_basestring_ascii
 
 
@@ -277,19 +276,20 @@ def _entry_from_json(item: dict[str, Any]) -> Entry:
     path, kind = item["path"], item["type"]
     if (
         kind not in ("file", "dir", "link")
-        or not _is_inside(path)
-        or not _is_inside(item.get("hardlink") or ".")
+        or (_OUTSIDE.search(path) and path != ".")
+        or _OUTSIDE.search(item.get("hardlink") or "x")
     ):
         # A manifest that was tampered with must not make a restore write outside its target.
         raise TypeError(path)
-    more = {key: item[key] for key in _OPTIONAL & item.keys()}
-    if "xattrs" in more:
-        more["xattrs"] = tuple((str(name), str(value)) for name, value in more["xattrs"].items())
-    return Entry(path, kind, int(item["size"]), int(item["mode"]), int(item["mtime_ns"]), **more)
-
-
-def _is_inside(path: str) -> bool:
-    return path == "." or not any(name in ("", ".", "..") for name in path.split("/"))
+    get = item.get
+    xattrs = (
+        tuple((str(name), str(value)) for name, value in item["xattrs"].items()) if "xattrs" in item else ()
+    )
+    return Entry(
+        path, kind, int(item["size"]), int(item["mode"]), int(item["mtime_ns"]), get("uid", 0), get("gid", 0),
+        get("sha256"), get("target"), get("linked", False), get("sqlite", False), get("hardlink"), xattrs,
+        get("inode", 0), get("ctime_ns", 0),
+    )  # fmt: skip
 
 
 def escape_name(name: bytes) -> tuple[bytes, bytes]:

@@ -118,31 +118,43 @@ def plan_restore(
     wanted = tuple(_clean(path) for path in paths)
     if from_id is not None:
         return _plan_from(repo, agent, from_id, wanted)
-    heads = [h for h in repo.snapshots(agent.name) if h.is_good and (as_of is None or h.created_at <= as_of)]
+    heads = good_heads(repo, agent.name, as_of)
     passed_over: set[str] = set()
     tried: set[int] = set()
     while True:
         manifests = _deciding(repo, [head for head in heads if head.id not in passed_over])
         if not manifests:
-            raise NotFound(
-                f"there is no good snapshot of “{agent.name}”"
-                + (" that was not tried" if exclude_states else "")
-                + (" from that time or before" if as_of is not None else ""),
-                hint=f"see `backup-worker list --agent {agent.name}`; a suspect one can be named with --from",
-            )
+            raise _no_state(agent.name, as_of, " that was not tried" if exclude_states else "")
         plan = compose(repo, agent, manifests, wanted)
-        content = hash(
-            tuple((p.entry.path, p.entry.kind, p.entry.sha256, p.entry.target) for p in plan.pieces)
-        )
         newest = manifests[0].id
-        if newest in exclude_states or (not wanted and content in tried):
-            tried |= {content}
+        if newest in exclude_states or (tried and not wanted and _content(plan) in tried):
+            tried |= {_content(plan)}
             passed_over.add(newest)
             continue
         damaged = _first_damaged(repo, plan.sources) if proven else None
         if damaged is None:
             return _found_paths(plan)
         passed_over.add(damaged)
+
+
+def good_heads(repo: Repository, agent: str, as_of: float | None = None) -> list[Head]:
+    """Return what a state as of `as_of` may come from, oldest first. Raises NotFound if that is nothing."""
+    heads = [h for h in repo.snapshots(agent) if h.is_good and (as_of is None or h.created_at <= as_of)]
+    if not heads:
+        raise _no_state(agent, as_of)
+    return heads
+
+
+def _no_state(agent: str, as_of: float | None, which: str = "") -> NotFound:
+    when = " from that time or before" if as_of is not None else ""
+    return NotFound(
+        f"there is no good snapshot of “{agent}”{which}{when}",
+        hint=f"see `backup-worker list --agent {agent}`; a suspect one can be named with --from",
+    )
+
+
+def _content(plan: RestorePlan) -> int:
+    return hash(tuple((p.entry.path, p.entry.kind, p.entry.sha256, p.entry.target) for p in plan.pieces))
 
 
 def _plan_from(repo: Repository, agent: AgentFiles, from_id: str, wanted: tuple[str, ...]) -> RestorePlan:
@@ -189,10 +201,13 @@ def compose(
     chosen: dict[str, Piece] = {}
     for position, manifest in enumerate(manifests):
         newer = [other.scope for other in manifests[:position]]
+        # Most often they are the same, and asking costs more than all the rest here.
+        same = own == manifest.scope
         for entry in manifest.entries:
-            covered = entry.path != "." and own.covers(entry.path) and manifest.scope.covers(entry.path)
-            if covered and not any(scope.covers(entry.path) for scope in newer):
-                chosen[entry.path] = Piece(entry, manifest.id)
+            path = entry.path
+            covered = path != "." and own.covers(path) and (same or manifest.scope.covers(path))
+            if covered and not (newer and any(scope.covers(path) for scope in newer)):
+                chosen[path] = Piece(entry, manifest.id)
     _add_ways(chosen, manifests)
     pieces = tuple(chosen[path] for path in sorted(chosen, key=disk.order))
     used = {piece.source for piece in pieces if piece.entry.path != "."} | {manifests[0].id}
@@ -207,17 +222,28 @@ def _add_ways(chosen: dict[str, Piece], manifests: Sequence[Manifest]) -> None:
         for entry in manifest.entries:
             if entry.kind == "dir":
                 folders.setdefault(entry.path, Piece(entry, manifest.id))
+    is_way = {"": True}
     for path in sorted(chosen, key=disk.order):
         above = path.rpartition("/")[0]
-        while above:
-            if above not in chosen:
-                chosen[above] = folders[above]
-            if chosen[above].entry.kind != "dir":
-                del chosen[path]
-                break
+        missing = []
+        while above not in is_way:
+            missing.append(above)
             above = above.rpartition("/")[0]
+        for folder in reversed(missing):
+            way = is_way[folder.rpartition("/")[0]]
+            if way:
+                piece = chosen.setdefault(folder, folders.get(folder) or _nameless(folder, manifests[0]))
+                way = piece.entry.kind == "dir"
+            is_way[folder] = way
+        if not is_way[path.rpartition("/")[0]]:
+            del chosen[path]
     if "." in folders:
         chosen["."] = folders["."]
+
+
+def _nameless(folder: str, manifest: Manifest) -> Piece:
+    """Return a folder of which no manifest says anything but that something lies in it."""
+    return Piece(Entry(folder, "dir", 0, 0o700, int(manifest.created_at * 1e9)), manifest.id)
 
 
 def _found_paths(plan: RestorePlan) -> RestorePlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sqlite3
@@ -19,8 +20,9 @@ from backup_worker.snapshots import (
     swap,
     verify_snapshot,
 )
+from backup_worker.snapshots.manifest import decode
 from em_bridge.errors import NotFound, UsageError
-from tests.agent_on_disk import NOON, Place, content_of, without_privileges
+from tests.agent_on_disk import NOBODY, NOON, Place, content_of, without_privileges
 
 
 @pytest.fixture
@@ -55,6 +57,52 @@ def test_a_restore_brings_back_content_modes_and_times(place: Place) -> None:
         now = (place.root / path).lstat()
         assert (now.st_mode, now.st_mtime_ns) == (info.st_mode, info.st_mtime_ns), path
     assert os.listdir(place.root.parent) == ["z"], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_modes_come_back_whatever_new_files_get_here(place: Place, umask: int) -> None:
+    modes = {"SOUL.md": 0o644, "weights.json": 0o666, "memory/notes.md": 0o400, "skills/greet.py": 0o4755}
+    for path, mode in modes.items():
+        (place.root / path).chmod(mode)
+    (place.root / "memory").chmod(0o2775)
+    place.take()
+    ruin(place)
+    before = os.umask(umask)
+    try:
+        restore(place)
+    finally:
+        os.umask(before)
+    assert {path: (place.root / path).stat().st_mode & 0o7777 for path in modes} == modes
+    assert (place.root / "memory").stat().st_mode & 0o7777 == 0o2775
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_owners_come_back_with_the_bits_that_a_new_owner_takes_away(place: Place) -> None:
+    for path in ("SOUL.md", "memory", "skills/greet.py"):
+        os.chown(place.root / path, NOBODY, NOBODY)
+    (place.root / "skills" / "greet.py").chmod(0o4755)
+    place.take()
+    ruin(place)
+    restore(place)
+    for path in ("SOUL.md", "memory", "skills/greet.py"):
+        info = (place.root / path).stat()
+        assert (info.st_uid, info.st_gid) == (NOBODY, NOBODY), path
+    assert (place.root / "skills" / "greet.py").stat().st_mode & 0o7777 == 0o4755
+    os.chown(place.root / "skills" / "greet.py", 0, 0)
+    restore(place)
+    info = (place.root / "skills" / "greet.py").stat()
+    assert (info.st_uid, info.st_mode & 0o7777) == (NOBODY, 0o4755), (
+        "in that state already, save owner and mode"
+    )
+
+
+@pytest.mark.parametrize("path", ["../z2/x", "/etc/x", "a//x", "a/./x", "a/../../x", "", "x\0y", "memory/"])
+def test_a_manifest_with_a_path_that_leaves_the_root_is_not_read(place: Place, path: str) -> None:
+    manifest = place.repo.path(place.take().id) / "manifest.json"
+    document = json.loads(manifest.read_bytes())
+    document["entries"][-1]["path"] = path
+    with pytest.raises(SnapshotError, match="broken list of entries"):
+        decode(json.dumps(document).encode())
 
 
 def test_what_stood_there_is_kept_as_evidence(place: Place) -> None:

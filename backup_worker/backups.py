@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from backup_worker import changes
 from backup_worker.config import Tier
 from backup_worker.runtime import Runtime
 from backup_worker.schedule import slot_name
 from backup_worker.snapshots import Manifest, plan_prune, prune, take_snapshot
-from em_bridge import events, streams
+from backup_worker.snapshots.take import Attest
 
 TOLD_AT_ONCE = 20
 """How many agents one message names."""
@@ -23,7 +22,7 @@ def scheduled(runtime: Runtime, agent: str, tier_name: str, slot: str, *, now: f
     for an unknown agent or tier, AgentBackupError if the snapshot cannot be made.
     """
     tier = runtime.config.tier(tier_name)
-    return _make(
+    return make(
         runtime, agent, tier_name, tier, slot, now, reason="scheduled", on_taken="next",
         event=f"slot/{tier_name}/{slot}/{agent}",
     )  # fmt: skip
@@ -33,66 +32,10 @@ def by_hand(runtime: Runtime, agent: str, tier_name: str, *, now: float) -> Mani
     """Make a snapshot now; if the slot is taken, it gets the next free name."""
     tier = runtime.config.tier(tier_name)
     slot = slot_name(tier, runtime.config.schedule.timezone, now)
-    return _make(runtime, agent, tier_name, tier, slot, now, reason="by hand", on_taken="next")
+    return make(runtime, agent, tier_name, tier, slot, now, reason="by hand", on_taken="next")
 
 
-def on_change(runtime: Runtime, event: changes.ConfigChange, entry: str, *, now: float) -> list[Manifest]:
-    """Record a change event and make the snapshots that the tiers want for its type.
-
-    `entry` is the event's id on the stream: it names the slot and makes a second run return the same snapshots.
-    """
-    known = changes.get(runtime.redis, event.change)
-    approved, approved_by = None, None
-    if isinstance(event, events.ConfigApplied):
-        signers = runtime.config.allowed_signers.exists()
-        approved, approved_by = changes.judge(runtime.redis, event, entry, signers_exist=signers)
-    _tell(runtime, event, entry, known, approved, approved_by)
-    # The event's own agent: the record of the change is about what was proposed.
-    agent = getattr(event, "agent", known.agent)
-    at = streams.entry_time(entry)
-    made = []
-    for name, tier in runtime.config.schedule.tiers.items():
-        if event.type in tier.events and agent:
-            slot = slot_name(tier, runtime.config.schedule.timezone, at)
-            why = event.reason or known.reason
-            reason = f"{event.type} {event.change}" + (f": {why}" if why else "")
-            made.append(
-                _make(
-                    runtime, agent, name, tier, slot, now, reason=reason, on_taken="next",
-                    event=f"{streams.CONFIG_CHANGE}/{entry}", approved=approved, approved_by=approved_by,
-                )
-            )  # fmt: skip
-    return made
-
-
-def _tell(
-    runtime: Runtime,
-    event: changes.ConfigChange,
-    entry: str,
-    known: changes.Change,
-    approved: bool | None,
-    approved_by: str | None,
-) -> None:
-    """Put a change event on the record, and open or close the alerts that belong to it."""
-    waiting, unapproved = f"change/{event.change}", f"unapproved/{event.change}"
-    agent, paths = getattr(event, "agent", known.agent), getattr(event, "paths", known.paths)
-    runtime.record_once(
-        f"change/{entry}", "change", event=event.type, change=event.change, agent=agent, paths=list(paths),
-        by=event.by, reason=event.reason, approved=approved, approved_by=approved_by,
-    )  # fmt: skip
-    if known.state == changes.PROPOSED and known.agent:
-        why = known.reason or "no reason given"
-        body = f"{known.by} asks to change {', '.join(known.paths)} of {known.agent}: {why}"
-        title = f"change {event.change} of {known.agent} waits for approval"
-        runtime.alert(waiting, "info", title, body, agent=known.agent)
-    else:
-        runtime.resolve(waiting)
-    if approved is False:
-        body = f"{', '.join(paths)} of {agent} was changed by {event.by or 'somebody'} without an approval"
-        runtime.alert(unapproved, "critical", f"unapproved change of {agent}", body, agent=agent)
-
-
-def _make(
+def make(
     runtime: Runtime,
     agent: str,
     tier_name: str,
@@ -105,7 +48,9 @@ def _make(
     event: str | None = None,
     approved: bool | None = None,
     approved_by: str | None = None,
+    attest: Attest | None = None,
 ) -> Manifest:
+    """Make a snapshot, put it on the record and apply retention; the options are those of `take_snapshot`."""
     snapshot = take_snapshot(
         runtime.repository,
         runtime.config.files_of(agent),
@@ -118,6 +63,7 @@ def _make(
         event=event,
         approved=approved,
         approved_by=approved_by,
+        attest=attest,
         on_taken=on_taken,
         limits=runtime.config.snapshot_limits(),
     )

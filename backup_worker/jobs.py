@@ -14,7 +14,7 @@ from typing import Any
 from rq import get_current_job
 from rq.job import Job
 
-from backup_worker import backups, changes, hosts, maintain, slots
+from backup_worker import backups, change_events, changes, hosts, maintain, slots
 from backup_worker.config import ConfigWatch
 from backup_worker.queues import ForeignJob
 from backup_worker.recovery.incident import IncidentStore
@@ -74,7 +74,7 @@ def config_change(args: dict[str, Any]) -> dict[str, Any]:
     agent = getattr(event, "agent", None) or changes.get(runtime.redis, event.change).agent
     if passed_on := _passed_on(runtime, agent):
         return passed_on
-    snapshots = backups.on_change(runtime, event, entry, now=clock.now())
+    snapshots = change_events.handle(runtime, event, entry, now=clock.now())
     return {"snapshots": [snapshot.id for snapshot in snapshots]}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backup_worker.snapshots import KeyChange, compare_json
 from em_bridge.errors import AgentBackupError
@@ -33,6 +33,13 @@ class FileChange:
     keys: tuple[KeyChange, ...] = ()
     lines: tuple[tuple[str, str], ...] = ()
     size: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as a map for `--json`: `diff` holds the lines with their marks."""
+        keys = [key.as_json() for key in self.keys]
+        diff = [mark + line for mark, line in self.lines]
+        facts = {"path": self.path, "kind": self.kind, "beside": self.base, "size": self.size}
+        return facts | {"keys": keys, "diff": diff}
 
 
 def compare(change: Change, repository: Repository, heads: Sequence[Head]) -> list[FileChange]:

@@ -1,50 +1,70 @@
-"""The approval inbox: changes, approve, reject."""
+"""The approval inbox: changes, changes show, approve, reject."""
 
 from __future__ import annotations
 
 import getpass
+import inspect
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
+from em_bridge.errors import UsageError
+from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit, group
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from backup_worker.changes import Change, Rules
+    from backup_worker.proposals import FileChange
 
+ChangeArgument = Annotated[str, typer.Argument(help="The change's id.")]
 ByOption = Annotated[
     str | None,
-    typer.Option("--by", metavar="WHO", help="Who decides; default: the user you are logged in as."),
+    typer.Option(
+        "--by",
+        metavar="WHO",
+        help="Who decides: where allowed_signers exists, a name in it; default: the user you are logged in as.",
+    ),
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the record.")]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add this group's commands to `app`."""
-    app.command(name="changes")(list_changes)
+    inbox = group(app, "changes", inspect.cleandoc(list_changes.__doc__ or ""))
+    inbox.callback(invoke_without_command=True)(list_changes)
+    inbox.command()(show)
     app.command()(approve)
     app.command()(reject)
 
 
 def list_changes(
+    context: typer.Context,
     config: ConfigOption = DEFAULT_CONFIG,
     redis_url: RedisUrlOption = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Also those that are decided or applied.")
+        bool, typer.Option("--all", help="Also those that are decided, applied or expired.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the changes that wait for a human.
+    """Show the changes that wait for a human; `changes show CHANGE` shows what one of them would change.
 
     Example: `backup-worker changes --all`
     """
-    from backup_worker import changes
+    if context.invoked_subcommand is not None:
+        if config != DEFAULT_CONFIG:
+            os.environ["BACKUP_CONFIG"] = str(config)
+        if redis_url:
+            os.environ["REDIS_URL"] = redis_url
+        return
+    from backup_worker import approvals, changes
     from backup_worker.cli._common import open_runtime
 
     runtime = open_runtime(config, redis_url)
     found = [
         change.summary()
-        for change in changes.all_changes(runtime.redis)
+        for change in changes.all_changes(runtime.redis, approvals.rules(runtime.config))
         if everything or change.state == changes.PROPOSED
     ]
     zone = runtime.config.schedule.timezone
@@ -67,23 +87,145 @@ def _print(rows: list[dict[str, Any]], zone: str) -> None:
     show(table)
 
 
+def show(
+    change: ChangeArgument,
+    config: ConfigOption = DEFAULT_CONFIG,
+    redis_url: RedisUrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one change: who asks for it, why, since when, and the difference to the newest backup.
+
+    Numbers are a table old -> new with the delta, text is a unified difference.
+
+    Example: `backup-worker changes show c1`
+    """
+    from backup_worker import approvals, changes, proposals
+    from backup_worker.cli._common import open_runtime
+
+    runtime = open_runtime(config, redis_url)
+    rules = approvals.rules(runtime.config)
+    known = changes.get(runtime.redis, change, rules)
+    heads = runtime.repository.snapshots(known.agent) if known.agent else []
+    files = proposals.compare(known, runtime.repository, heads)
+    result = known.summary() | {"difference": [one.as_json() for one in files]}
+    zone = runtime.config.schedule.timezone
+    emit(result, as_json=as_json, render=lambda _: _print_change(known, files, rules, zone))
+
+
+def _print_change(known: Change, files: list[FileChange], rules: Rules, zone: str) -> None:
+    from backup_worker.cli._common import moment
+
+    why = f": {_plain(known.reason)}" if known.reason else ", and does not say why"
+    asked = f"asked for by {known.by or 'nobody'} at {moment(known.proposed_at, zone)}{why}"
+    typer.echo(f"change {known.change} of {known.agent or '-'}: {known.state}, {asked}")
+    if known.decision:
+        how = ", signed" if known.signed else ""
+        reason = f": {_plain(known.decided_reason)}" if known.decided_reason else ""
+        decided_at = moment(known.decided_at, zone)
+        typer.echo(f"{known.decision} by {known.decided_by}{how} at {decided_at}{reason}")
+    for refused in known.refused:
+        typer.echo(f"does not count: {_plain(refused)}")
+    for one in files:
+        _print_file(one, known.sha256.get(one.path))
+    if known.state == "proposed":
+        typer.echo(
+            f"\napprove it before {moment(known.expires_at, zone)}: backup-worker approve {known.change}"
+        )
+        if rules.need_signature:
+            typer.echo(f"with a signature of somebody in {rules.signers}: --by NAME --key FILE")
+
+
+def _plain(text: str) -> str:
+    """Return `text` without what would move the cursor or hide something: it was written by who asks."""
+    return "".join(
+        char if char.isprintable() or char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in text
+    )
+
+
+def _print_file(one: FileChange, sha256: str | None) -> None:
+    from backup_worker.cli._common import coloured, new_table
+    from backup_worker.cli._common import show as show_on_terminal
+
+    where = f"{one.path}  (beside {one.base})" if one.base else one.path
+    typer.secho(f"\n{where}", bold=True)
+    if one.kind == "json":
+        table = new_table("", "key", "old", "new", "delta")
+        for key in one.keys:
+            delta = "" if key.delta is None else f"{key.delta:+g}"
+            old = "—" if key.kind == "added" else str(key.old)
+            table.add_row(key.key, old, "—" if key.kind == "removed" else str(key.new), delta)
+        show_on_terminal(table)
+    elif one.kind in ("text", "new"):
+        colours = {"+": "green", "-": "red", "@": "cyan"}
+        for mark, line in one.lines:
+            text = mark + _plain(line)
+            show_on_terminal(coloured(text, colours.get(mark, "")))
+    else:
+        said = {
+            "none": "proposed without its content: whoever approves it has seen nothing, and the approval is bound "
+            "to the first content that is applied",
+            "same": "is so already",
+            "opaque": f"{one.size} bytes that are not text, or too many to show",
+        }
+        typer.echo(said[one.kind])
+    if sha256:
+        typer.echo(f"sha256 {sha256}")
+
+
 def approve(
-    change: Annotated[str, typer.Argument(help="The change's id.")],
+    change: ChangeArgument,
     config: ConfigOption = DEFAULT_CONFIG,
     redis_url: RedisUrlOption = None,
     by: ByOption = None,
     reason: ReasonOption = "",
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key",
+            metavar="FILE",
+            envvar="BACKUP_SIGNING_KEY",
+            help="Sign with this SSH key; a public key is signed with by your ssh-agent.",
+        ),
+    ] = None,
+    signature: Annotated[
+        Path | None,
+        typer.Option("--signature", metavar="FILE", help="A signature that was made elsewhere; - is stdin."),
+    ] = None,
+    statement: Annotated[
+        bool, typer.Option("--statement", help="Print the bytes to be signed elsewhere, and decide nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say yes to a proposed change; the EM may then apply it.
+    """Say yes to a proposed change; the EM may then apply exactly these bytes.
 
-    Example: `backup-worker approve c1 --by kari --reason "tested on staging"`
+    Where config/allowed_signers exists, only a signature of somebody in it counts.
+
+    Example: `backup-worker approve c1 --by kari --key ~/.ssh/id_ed25519 --reason "tested on staging"`
+
+    To sign elsewhere: `backup-worker approve c1 --by kari --statement > c1`, there
+    `ssh-keygen -Y sign -f KEY -n agent-backup c1`, then `backup-worker approve c1 --by kari --signature c1.sig`
     """
-    _decide(change, config, redis_url, by, reason, as_json, yes=True)
+    if sum((key is not None and not statement, signature is not None, statement)) > 1:
+        raise UsageError("--key, --signature and --statement exclude each other")
+    given = None
+    if signature is not None:
+        given = sys.stdin.read() if str(signature) == "-" else signature.read_text("utf-8", "replace")
+    _decide(
+        change,
+        config,
+        redis_url,
+        by,
+        reason,
+        as_json,
+        yes=True,
+        key=key,
+        given=given,
+        only_statement=statement,
+    )
 
 
 def reject(
-    change: Annotated[str, typer.Argument(help="The change's id.")],
+    change: ChangeArgument,
     config: ConfigOption = DEFAULT_CONFIG,
     redis_url: RedisUrlOption = None,
     by: ByOption = None,
@@ -98,19 +240,35 @@ def reject(
 
 
 def _decide(
-    change: str, config: Path, redis_url: str | None, by: str | None, reason: str, as_json: bool, *, yes: bool
+    change: str,
+    config: Path,
+    redis_url: str | None,
+    by: str | None,
+    reason: str,
+    as_json: bool,
+    *,
+    yes: bool,
+    key: Path | None = None,
+    given: str | None = None,
+    only_statement: bool = False,
 ) -> None:
-    from backup_worker import changes
+    from backup_worker import approvals, changes, signatures
     from backup_worker.cli._common import open_runtime
-    from em_bridge import Publisher
 
     runtime = open_runtime(config, redis_url)
+    rules = approvals.rules(runtime.config)
     who = by or getpass.getuser()
-    known = changes.get(runtime.redis, change)
-    changes.check_decision(known, who, yes=yes, signers=runtime.config.allowed_signers)
-    publisher = Publisher(runtime.redis)
-    publish = publisher.config_approved if yes else publisher.config_rejected
-    entry = publish(change=change, by=who, reason=reason)
+    if only_statement or (key is not None and given is None and rules.need_signature):
+        known = changes.get(runtime.redis, change, rules)
+        approvals.check_decision(known, who, yes=yes, rules=rules)
+        signed = changes.statement(known, who)
+        if only_statement:
+            sys.stdout.buffer.write(signed)
+            return
+        assert key is not None
+        given = signatures.sign(signed, key.expanduser())
+    entry = approvals.decide(runtime.redis, change, who, yes=yes, rules=rules, reason=reason, signature=given)
     word = "approved" if yes else "rejected"
-    result = {"change": change, "decision": word, "by": who, "entry": entry}
-    emit(result, as_json=as_json, render=lambda _: typer.echo(f"change {change} {word} by {who}"))
+    how = ", signed" if given and rules.need_signature else ""
+    result = {"change": change, "decision": word, "by": who, "entry": entry, "signed": bool(how)}
+    emit(result, as_json=as_json, render=lambda _: typer.echo(f"change {change} {word} by {who}{how}"))

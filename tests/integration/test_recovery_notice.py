@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from backup_worker import backups
+from backup_worker import change_events
 from backup_worker.recovery import notice
 from backup_worker.recovery.incident import CURRENT, RECOVERED, Incident
 from backup_worker.recovery.notice import FILE, MARK, SENDER
@@ -88,7 +88,7 @@ def test_the_notice_is_in_no_backup_and_makes_no_restore_differ(fleet: Fleet) ->
     assert "nothing to do: the files are in that state" in dry.stdout, dry.stdout
     incident = fleet.recover("z")
     assert next(one for one in incident.steps if one.step == "restore").detail.endswith(
-        "it stood there already"
+        "it stood there already; nothing is lost"
     )
     assert incident.lost == ()
     assert left(fleet, "z") != told
@@ -126,7 +126,7 @@ def test_approved_changes_that_the_chosen_state_does_not_hold_are_named(fleet: F
     time.sleep(0.02)
     held = fleet.recover("z")
     assert held.state == RECOVERED
-    assert held.missed == ("c1 (mode), approved by kari: faster",), "c2 nobody approved"
+    assert list(map(str, held.missed)) == ["c1 (mode), approved by kari: faster"], "c2 nobody approved"
     assert "- c1 (mode), approved by kari: faster" in left(fleet, "z")
     fleet.kill("z")
     fleet.backup("z")
@@ -144,13 +144,14 @@ def test_a_change_that_the_em_approved_and_that_killed_the_agent_is_named(fleet:
     fleet.set_mode("z", "die")
     applied = ConfigApplied("c9", "z", ("mode",), by="em", approved_by="kari")
     entry = streams.append(fleet.client, applied)
-    (stored,) = backups.on_change(fleet.runtime, applied, entry, now=time.time())
+    (stored,) = change_events.handle(fleet.runtime, applied, entry, now=time.time())
     time.sleep(0.02)
     incident = fleet.recover("z")
     assert (incident.state, incident.attempts) == (RECOVERED, 2)
     (named,) = incident.missed
-    assert stored.id in named
-    assert "approved by kari" in named
+    assert (named.snapshot, named.change, named.paths) == (stored.id, "c9", ("mode",))
+    assert stored.id in str(named)
+    assert "approved by kari" in str(named)
 
 
 def test_a_message_that_is_sent_again_after_a_crash_is_there_once(fleet: Fleet) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import fakeredis
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backup_worker import changes
+from backup_worker import approvals, changes
 from backup_worker.changes import APPLIED, APPROVED, PROPOSED, REJECTED
 from em_bridge import events, streams
 from em_bridge.errors import NotFound
@@ -49,13 +50,14 @@ def publish(client: Any, *wanted: events.Event) -> list[str]:
     return ids
 
 
-def verdict(client: Any, *wanted: events.Event, signers: bool = False) -> tuple[bool, str | None]:
+def verdict(client: Any, *wanted: events.Event, signers: Path | None = None) -> tuple[bool, str | None]:
     """Return what is said of the last applied change among these events."""
     ids = publish(client, *wanted)
     number = max(at for at, event in enumerate(wanted) if isinstance(event, events.ConfigApplied))
     event = wanted[number]
     assert isinstance(event, events.ConfigApplied)
-    return changes.judge(client, event, ids[number], signers_exist=signers)
+    ruling = approvals.judge(client, event, ids[number], rules=changes.Rules(signers))
+    return ruling.approved, ruling.by
 
 
 UNAPPROVED = (False, None)
@@ -85,7 +87,7 @@ def test_an_approval_after_the_application_comes_too_late_also_in_the_same_milli
     # Folded further by somebody else, it is still too late.
     changes.fold(client)
     (entry, _), *_ = [row for row in client.xrange(streams.CONFIG_CHANGE) if b"applied" in row[1][b"type"]]
-    assert changes.judge(client, applied(), entry.decode(), signers_exist=False) == UNAPPROVED
+    assert not approvals.judge(client, applied(), entry.decode(), rules=changes.BY_NAME).approved
 
 
 def test_a_rejection_after_the_application_does_not_undo_its_approval(client: Any) -> None:
@@ -165,8 +167,12 @@ def test_a_change_without_any_approval_is_unapproved(client: Any) -> None:
 
 
 @pytest.mark.parametrize("before", [[proposed(), approved()], []])
-def test_where_signers_exist_no_word_without_a_signature_counts(client: Any, before: list[Any]) -> None:
-    assert verdict(client, *before, applied(approved_by="kari"), signers=True) == UNAPPROVED
+def test_where_signers_exist_no_word_without_a_signature_counts(
+    client: Any, before: list[Any], tmp_path: Path
+) -> None:
+    signers = tmp_path / "allowed_signers"
+    signers.write_text("kari ssh-ed25519 AAAA\n")
+    assert verdict(client, *before, applied(approved_by="kari"), signers=signers) == UNAPPROVED
 
 
 def test_an_entry_that_is_no_event_is_passed_over(client: Any) -> None:
@@ -236,9 +242,9 @@ def test_folding_in_any_parts_comes_to_the_same_and_so_does_every_verdict(
         if number in cuts:
             changes.fold(in_parts, upto=ids[number])
         if isinstance(event, events.ConfigApplied):
-            early[ids[number]] = changes.judge(in_parts, event, ids[number], signers_exist=False)
+            early[ids[number]] = approvals.judge(in_parts, event, ids[number], rules=changes.BY_NAME)
     assert changes.all_changes(at_once) == changes.all_changes(in_parts)
     for entry, said in early.items():
         event = wanted[ids.index(entry)]
         assert isinstance(event, events.ConfigApplied)
-        assert changes.judge(at_once, event, entry, signers_exist=False) == said
+        assert approvals.judge(at_once, event, entry, rules=changes.BY_NAME) == said

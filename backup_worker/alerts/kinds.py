@@ -76,6 +76,8 @@ _TABLE: Final = (
          "a later recovery of the agent succeeds", "backup-worker incidents", by_name_only=True),
     Kind("recovery-paused", "critical", "recovery is paused: dead agents stay dead",
          "`backup-worker resume-recovery`, or the end of its time", "backup-worker status", by_name_only=True),
+    Kind("mass-silence", "critical", "much of the fleet fell silent at once",
+         "no recovery is going on any more", "backup-worker incidents", by_name_only=True),
     Kind("dead-letter", "warning", "events could not be handled",
          "the entry is dropped, or trimmed from the stream", "em-bridge lag"),
     Kind("lag", "critical", "events wait and nobody takes them",

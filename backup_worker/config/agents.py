@@ -112,6 +112,21 @@ class Recovery(Model):
         ge=1,
         le=100,
     )
+    stable_for: float = Field(
+        60,
+        title="number of seconds",
+        description="An agent that dies again within this time after its recovery did not live on that state: the next "
+        "older one is chosen, and both deaths count together for attempts.",
+        examples=[60],
+        ge=0,
+    )
+    without_dependencies: Literal["hold", "start"] = Field(
+        "hold",
+        title="way to go on without a dependency",
+        description="When an agent that this one depends on could not be recovered: hold, and start as soon as it "
+        "lives again; or start all the same.",
+        examples=["hold"],
+    )
     stop_within: float = Field(
         10,
         title="number of seconds",
@@ -122,8 +137,8 @@ class Recovery(Model):
     max_recoveries: int = Field(
         5,
         title="number of recoveries",
-        description="An agent that was recovered this often within max_recoveries_within and dies again is given to a "
-        "human instead.",
+        description="An agent that was recovered (or fell silent and came back) this often within "
+        "max_recoveries_within and dies again is given to a human instead.",
         examples=[5],
         ge=1,
     )

@@ -43,6 +43,11 @@ class Beats:
         beats = self.by_agent.get(agent.lower(), ())
         return any(streams.id_order(entry_id) > streams.id_order(mark) for entry_id, _ in beats)
 
+    def last_at(self, agent: str) -> float | None:
+        """Return when `agent` beat last (Unix seconds), or None if it did not."""
+        beats = self.by_agent.get(agent.lower())
+        return streams.entry_time(beats[-1][0]) if beats else None
+
     def incarnations(self, agent: str) -> tuple[str, ...]:
         """Return the incarnations of `agent` that beat, in no particular order."""
         return tuple({incarnation for _, incarnation in self.by_agent.get(agent.lower(), ())})

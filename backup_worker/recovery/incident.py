@@ -1,21 +1,15 @@
-"""One agent's recovery, as data: the phases, what may follow what, and where it is kept.
+"""One agent's recovery, as data, and where it is kept; what may follow what stands in `phases`.
 
-    phase          what is done in it                                   next, if it worked   if it failed
-    fence          unless paused: end the old process, prove it gone    select               escalate (breaker too)
-    select         find the newest state that can be trusted            restore, or depend   escalate
-    restore        keep evidence, stage, verify, swap                   depend               select (no space: escalate)
-    depend         wait until what the agent needs is verified          start                escalate (deadline)
-    start          start the new process                                prove                retry
-    prove          wait for beats of the new incarnation, and health    recovered            retry (exit, deadline)
+Entering a phase is written to Redis before its work begins, under a version that grows by one, so that of two workers
+on the same incident only one can go on (`Stale` for the other). All of a phase's work may be done twice without harm,
+so a worker killed anywhere is resumed by running the phase again; one whose worker dies `MAX_RESUMES` times in a row is
+given to a human instead.
 
-`retry` is `fence` again with the next older state, as often as `recovery.attempts` says, then escalation. A state that
-could not be laid down was not tried: `select` proves anew, and passes over what turned out to be damaged. An incident
-is open in exactly one phase; entering a phase is written to Redis before its work begins, under a version that grows by
-one, so that of two workers on the same incident only one can go on (`Stale` for the other). All of a phase's work may
-be done twice without harm, so a worker killed anywhere is resumed by running the phase again; one whose worker dies
-`MAX_RESUMES` times in a row is given to a human instead.
+A failed attempt is `fence` again with the next older state, as often as `recovery.attempts` says, then escalation. A
+state that could not be laid down was not tried: `select` proves anew, and passes over what turned out to be damaged.
 
-At most one incident of an agent is open: opening a second returns the first.
+At most one incident of an agent is open: opening a second returns the first. The newest `KEPT` are kept, and for a
+time; the last one of an agent stays. What is let go of is in the record, and in the evidence as long as that is.
 """
 
 from __future__ import annotations
@@ -26,29 +20,33 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from backup_worker.recovery.phases import (
+    CONFIRM,
+    DEPEND,
+    ESCALATED,
+    FENCE,
+    NEXT,
+    OPEN,
+    PHASES,
+    PROVE,
+    RECOVERED,
+    RESTORE,
+    SELECT,
+    START,
+)
 from em_bridge.errors import AgentBackupError, NotFound
 
 if TYPE_CHECKING:
     from redis import Redis
 
-FENCE, SELECT, RESTORE, DEPEND, START, PROVE = "fence", "select", "restore", "depend", "start", "prove"
-PHASES = (FENCE, SELECT, RESTORE, DEPEND, START, PROVE)
-WAITING = frozenset({DEPEND, PROVE})
-"""The phases in which nothing is done until a heartbeat or a deadline comes."""
-
-NEXT: dict[str, frozenset[str]] = {
-    FENCE: frozenset({SELECT}),
-    SELECT: frozenset({RESTORE, DEPEND}),
-    RESTORE: frozenset({DEPEND, SELECT}),
-    DEPEND: frozenset({START}),
-    START: frozenset({PROVE, FENCE}),
-    PROVE: frozenset({FENCE}),
-}
-"""What may follow a phase; an incident may be closed from every phase."""
-
-OPEN, RECOVERED, ESCALATED = "open", "recovered", "escalated"
 CURRENT = "current"
 """The name of the state that is on disk, where a snapshot's id would stand."""
+
+__all__ = [
+    "AGAIN_AFTER_S", "CONFIRM", "CURRENT", "DEADLINES", "DEPEND", "ESCALATED", "FENCE", "KEPT", "MAX_RESUMES",
+    "NEXT", "OPEN", "PHASES", "PROVE", "RECOVERED", "RESTORE", "SELECT", "START",
+    "Incident", "IncidentStore", "Missed", "Stale", "Step", "after", "attempted_before",
+]  # fmt: skip
 
 _INCIDENT = "backup:incident:"
 _ALL = "backup:incidents"
@@ -58,6 +56,9 @@ DEADLINES = "backup:deadlines"
 
 AGAIN_AFTER_S = 5.0
 """An incident whose job was lost is looked at again after this time."""
+
+KEPT = 1000
+"""How many incidents are kept."""
 
 MAX_RESUMES = 5
 """How often a phase is begun again without having come to an end: what kills every worker must reach a human."""
@@ -105,6 +106,20 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Missed:
+    """An approved change that a state does not hold; `snapshot` is the one that was made of it, if it is known."""
+
+    text: str
+    change: str = ""
+    snapshot: str = ""
+    paths: tuple[str, ...] = ()
+    approved_by: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
 class Incident:
     """The recovery of one agent. Times are Unix seconds; `version` grows with every write."""
 
@@ -116,6 +131,8 @@ class Incident:
     phase: str = FENCE
     closed_at: float | None = None
     attempts: int = 0
+    inherited: int = 0
+    """How many of the attempts were the previous incident's, within whose stability period the agent died again."""
     version: int = 1
     steps: tuple[Step, ...] = ()
     beat_mark: str = "0-0"
@@ -135,8 +152,12 @@ class Incident:
     """The first paths whose content at the death is in no backup, only in the evidence."""
     lost_count: int | None = 0
     """How many there are; None if it could not be found out."""
-    missed: tuple[str, ...] = ()
+    missed: tuple[Missed, ...] = ()
     """Approved changes that the restored state does not hold."""
+    reapply: bool = False
+    """Whether these are put back over the restored state, as a human has asked for; not after a failed attempt."""
+    reapplied: tuple[Missed, ...] = ()
+    """What was put back."""
     pid: int | None = None
     old_incarnations: tuple[str, ...] = ()
     end_mark: str = ""
@@ -184,8 +205,27 @@ class Incident:
             "state_at": self.state_at,
             "lost": list(self.lost),
             "lost_count": self.lost_count,
-            "missed_changes": list(self.missed),
+            "missed_changes": list(map(str, self.missed)),
+            "reapplied": list(map(str, self.reapplied)),
         }
+
+
+def attempted_before(last: Incident | None, died_at: float, stable_for: float) -> Incident | None:
+    """Return `last` if the agent, which died at `died_at`, had not lived for `stable_for` seconds after it. Pure."""
+    if last is None or last.state != RECOVERED or not last.chosen or last.closed_at is None:
+        return None
+    return last if died_at - last.closed_at <= stable_for else None
+
+
+def after(last: Incident | None) -> dict[str, object]:
+    """Return what a new incident takes over from the one that it follows: what was tried, and how often."""
+    if last is None:
+        return {}
+    return {
+        "tried": (*last.tried, *last.chosen[:1]),
+        "attempts": last.attempts,
+        "inherited": last.attempts,
+    }
 
 
 def _text(value: Any) -> str:
@@ -199,9 +239,16 @@ def _pack(incident: Incident) -> bytes:
 def _unpack(data: Any) -> Incident:
     raw = msgpack.unpackb(data)
     raw["steps"] = tuple(Step(**step) for step in raw["steps"])
-    for name in ("chosen", "tried", "evidence", "lost", "missed", "old_incarnations"):
+    for name in ("chosen", "tried", "evidence", "lost", "old_incarnations"):
         raw[name] = tuple(raw[name])
+    for name in ("missed", "reapplied"):
+        raw[name] = tuple(map(_missed, raw.get(name, ())))
     return Incident(**raw)
+
+
+def _missed(raw: Any) -> Missed:
+    # An incident of an older version has only the text.
+    return Missed(**raw | {"paths": tuple(raw["paths"])}) if isinstance(raw, dict) else Missed(raw)
 
 
 @dataclass(slots=True)
@@ -217,15 +264,14 @@ class IncidentStore:
         return self._scripts[script](keys=keys, args=args)
 
     def open(
-        self, agent: str, *, token: str, now: float, reason: str, beat_mark: str, by_hand: bool = False
+        self, agent: str, *, token: str, now: float, reason: str, beat_mark: str, **facts: Any
     ) -> tuple[Incident, bool]:
         """Return the open incident of `agent` and whether it is new; `token` makes a new one's id unique.
 
-        The caller wakes a new one; if it does not live to do so, the incident is looked at after `AGAIN_AFTER_S`.
+        `facts` are further fields of a new one. The caller wakes it; if it does not live to do so, the incident is
+        looked at after `AGAIN_AFTER_S`.
         """
-        incident = Incident(
-            f"{agent}-{token}", agent, now, reason=reason, beat_mark=beat_mark, by_hand=by_hand
-        )
+        incident = Incident(f"{agent}-{token}", agent, now, reason=reason, beat_mark=beat_mark, **facts)
         keys = [_OPEN, _INCIDENT + incident.id, _ALL, DEADLINES, _LATEST]
         args = [agent, incident.id, _pack(incident), now, now + AGAIN_AFTER_S, _INCIDENT]
         opened = self.get(_text(self._run(_OPEN_SCRIPT, keys, args)))
@@ -281,6 +327,22 @@ class IncidentStore:
                 if incident_id is not None:
                     pipeline.hget(_INCIDENT + _text(incident_id), "data")
             return [_unpack(data) for data in pipeline.execute() if data is not None]
+
+    def forget(self, now: float, *, max_age_s: float, keep: int = KEPT) -> int:
+        """Let go of closed incidents that are too old or too many; return of how many.
+
+        The last one of each agent stays: what is told of that agent is judged by it.
+        """
+        held = {_text(one) for one in (*self.client.hvals(_OPEN), *self.client.hvals(_LATEST))}
+        old = self.client.zrangebyscore(_ALL, "-inf", now - max_age_s)
+        many = self.client.zrange(_ALL, 0, -keep - 1)
+        gone = {_text(one) for one in (*old, *many)} - held
+        if gone:
+            with self.client.pipeline(transaction=True) as pipeline:
+                pipeline.delete(*(_INCIDENT + one for one in gone))
+                pipeline.zrem(_ALL, *gone)
+                pipeline.execute()
+        return len(gone)
 
     def all(self) -> Iterator[Incident]:
         """Yield every incident, the newest first."""

@@ -5,7 +5,7 @@ A step is on the record before the incident says so, and the incident says so be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ class Ledger:
     """What a recovery works with, and how it is written down.
 
     `record` is told of every step and of the end; `escalate` writes the evidence and pages; `trip` pauses recovery, for
-    the reason that it is given.
+    the reason that it is given; `mass` pages that these agents fell silent together, and what else is wrong.
     """
 
     client: Redis
@@ -45,6 +45,7 @@ class Ledger:
     record: Callable[[Incident, str, bool, str], None]
     escalate: Callable[[Incident, Escalation], Incident]
     trip: Callable[[str], breakers.Pause]
+    mass: Callable[[Sequence[str], Sequence[str]], None]
 
     def now(self) -> float:
         """Return the server's clock in Unix seconds: the hosts' own need not agree."""

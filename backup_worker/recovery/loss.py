@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backup_worker import changes
+from backup_worker.recovery.incident import Missed
 from em_bridge import streams
 
 if TYPE_CHECKING:
@@ -19,35 +20,56 @@ class Loss:
 
     state_at: float | None
     lost: tuple[str, ...] | None
-    missed: tuple[str, ...] = ()
+    missed: tuple[Missed, ...] = ()
+
+    def __str__(self) -> str:
+        """Say what the state lacks, in a few words."""
+        paths = "what is lost is not known" if self.lost is None else f"{len(self.lost)} paths are lost"
+        if self.lost == ():
+            paths = "nothing is lost"
+        return paths + (f", {len(self.missed)} approved changes are not in it" if self.missed else "")
 
 
 def missed_changes(
     plan: RestorePlan, heads: Iterable[Head], known: Iterable[changes.Change], *, until: float
-) -> tuple[str, ...]:
-    """Return, as text, the approved changes up to `until` (Unix seconds) that the state of `plan` does not hold.
+) -> tuple[Missed, ...]:
+    """Return the approved changes up to `until` (Unix seconds) that the state of `plan` does not hold, oldest first.
 
     One counts as held if, for each of its paths, the snapshot that decides is not older than the change. Approvals are
     those in the inbox, and those that a snapshot on change notes (the EM's own word).
     """
     mine = [head for head in heads if head.agent == plan.agent.name]
     stored = {head.id: head.created_at for head in mine}
-    found: dict[float, str] = {}
-    for change in known:
-        at = change.applied_at
-        if at is None or at > until or change.agent.lower() != plan.agent.name.lower():
+    made = [head for head in mine if head.approved and head.event is not None]
+    applied = [
+        one for one in known if one.applied_at is not None and one.agent.lower() == plan.agent.name.lower()
+    ]
+    found: list[tuple[float, Missed]] = []
+    for change in applied:
+        at = change.applied_at or 0.0
+        if at > until or change.decision != changes.APPROVED or _holds(plan, change.paths, at, stored):
             continue
-        if change.decision == changes.APPROVED and not _holds(plan, change.paths, at, stored):
-            found[at] = f"{change.change} ({', '.join(change.paths)}), approved by {change.decided_by}" + (
-                f": {change.reason}" if change.reason else ""
-            )
+        why = f": {change.reason}" if change.reason else ""
+        text = f"{change.change} ({', '.join(change.paths)}), approved by {change.decided_by}{why}"
+        snapshot = next((head.id for head in made if _is_of(head, change)), "")
+        found.append((at, Missed(text, change.change, snapshot, change.paths, change.decided_by)))
+    named = {missed.snapshot for _, missed in found}
     newest = stored.get(plan.state, 0.0)
-    for head in mine:
-        if not head.approved or head.event is None or not newest < head.created_at <= until:
+    for head in made:
+        if head.id in named or not newest < head.created_at <= until:
             continue
-        why = f": {head.reason}" if head.reason else ""
-        found.setdefault(_applied_at(head), f"{head.id}, approved by {head.approved_by or 'somebody'}{why}")
-    return tuple(found[at] for at in sorted(found))
+        of = next((change for change in applied if _is_of(head, change)), None)
+        who, why = head.approved_by or "somebody", f": {head.reason}" if head.reason else ""
+        text = f"{head.id}, approved by {who}{why}"
+        missed = Missed(text, of.change if of else "", head.id, of.paths if of else (), who)
+        found.append((_applied_at(head), missed))
+    return tuple(missed for _, missed in sorted(found, key=lambda one: (one[0], one[1].text)))
+
+
+def _is_of(head: Head, change: changes.Change) -> bool:
+    """Tell whether the snapshot was made of the change: of its event, or when its content was put back."""
+    words = head.reason.split(":")[0].split()
+    return change.change in words and (_applied_at(head) == change.applied_at or words[0] == "re-applied")
 
 
 def _applied_at(head: Head) -> float:

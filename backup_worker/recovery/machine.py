@@ -1,4 +1,4 @@
-"""Advances one incident, phase by phase, until it waits or is closed.
+"""Advances one incident, phase by phase, until it waits or is closed; the phases themselves: fence, start and prove.
 
 `advance` may be called at any time, by any number of workers on the agent's host, for any reason: a kernel lock an
 agent lets one of them act, and the incident's version keeps one that lost the lock from writing. A phase is written
@@ -11,18 +11,15 @@ worker killed in between says it twice, never not at all. Times are the server's
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backup_worker import changes
 from backup_worker.recovery import breakers, heartbeats, notice
 from backup_worker.recovery.checkup import Checkup, examine
 from backup_worker.recovery.incident import (
-    CURRENT,
+    CONFIRM,
     DEPEND,
-    ESCALATED,
     FENCE,
     MAX_RESUMES,
     PROVE,
@@ -33,16 +30,14 @@ from backup_worker.recovery.incident import (
     Incident,
     Stale,
 )
-from backup_worker.recovery.ledger import Escalation, Ledger
+from backup_worker.recovery.lays import Lays
 from backup_worker.recovery.locks import acting_on
-from backup_worker.recovery.pacemaker import missing_dependencies
+from backup_worker.recovery.waits import HELD_LOOK_S, LOOK_AGAIN_S
 from backup_worker.snapshots import NoSpace
-from backup_worker.snapshots.errors import printable
 from em_bridge.errors import AgentBackupError, RedisUnavailable
 
 if TYPE_CHECKING:
     from backup_worker.config import AgentConfig
-    from backup_worker.snapshots import RestorePlan
 
 HEALTH = "health"
 """The step of an examination that an agent did not pass."""
@@ -50,23 +45,17 @@ HEALTH = "health"
 HELD = "paused"
 """The step of an incident that waits because recovery is paused."""
 
-HELD_LOOK_S = 10.0
-"""A resume wakes what was held; this is for one that is lost."""
-
 NOTICE = "notice"
 """The step of a notice that could not be left for the agent."""
 
 OPENED = "open"
 """The first step of every incident."""
 
-LOOK_AGAIN_S = 2.0
-"""While an agent has to prove that it lives, its process is looked at this often: one that exits fails at once."""
-
 SURVIVOR_WINDOW_S = 300.0
 """How far back in the heartbeats incarnations are looked up that must not count as new."""
 
 
-class Recovery(Ledger):
+class Recovery(Lays):
     """The executor: one method for each phase."""
 
     def advance(self, incident_id: str) -> Incident:
@@ -98,6 +87,7 @@ class Recovery(Ledger):
         if agent is None:
             return self._give_up(incident, f"agent “{incident.agent}” is no longer in agents.json")
         phases: dict[str, Callable[[Incident, AgentConfig], Incident | None]] = {
+            CONFIRM: self._confirm,
             FENCE: self._fence,
             SELECT: self._select,
             RESTORE: self._restore,
@@ -129,20 +119,20 @@ class Recovery(Ledger):
 
     def _fence(self, incident: Incident, agent: AgentConfig) -> Incident | None:
         pause = breakers.paused(self.client, self.now())
-        if pause is None and not (incident.by_hand or incident.attempts):
+        if pause is None and not (incident.by_hand or incident.attempts > incident.inherited):
             tripped = breakers.agent_tripped(self.client, self.config, incident.agent, self.now())
             if tripped is not None:
                 return self._give_up(self._noted(incident, breakers.BREAKER, False, tripped), tripped)
             tripped = breakers.fleet_tripped(self.client, self.config, self.now())
             pause = self.trip(tripped) if tripped is not None else None
         if pause is not None:
-            return self._hold(incident, pause)
+            return self._pause(incident, pause)
         if _was_held(incident) and self._came_back(incident, agent):
             detail = "it came back while recovery was paused, and beats; nothing was changed"
             return self._closed(self._noted(incident, FENCE, True, detail), RECOVERED, detail)
         return self._fence_now(incident, agent)
 
-    def _hold(self, incident: Incident, pause: breakers.Pause) -> Incident | None:
+    def _pause(self, incident: Incident, pause: breakers.Pause) -> Incident | None:
         now = self.now()
         if not _was_held(incident):
             detail = f"recovery is paused by {pause.by}: {pause.reason or 'no reason given'}"
@@ -151,7 +141,7 @@ class Recovery(Ledger):
 
     def _came_back(self, incident: Incident, agent: AgentConfig) -> bool:
         """Tell whether the agent lives after all: a human has started it meanwhile, and must not lose what it did."""
-        if incident.by_hand or incident.attempts:
+        if incident.by_hand or incident.attempts > incident.inherited:
             return False
         beats, since = self._beats(incident.beat_mark), self.now() - agent.heartbeat.dead_after
         steady = beats.is_steady(incident.agent, incident.beat_mark, agent.heartbeat.stable_beats, since)
@@ -160,84 +150,13 @@ class Recovery(Ledger):
     def _fence_now(self, incident: Incident, agent: AgentConfig) -> Incident:
         ended = self.adapter_of(incident.agent).stop(term_grace_s=agent.recovery.stop_within)
         detail = "ended " + ", ".join(map(str, ended)) if ended else "no process was left"
-        return self._enter(self._noted(incident, FENCE, True, detail), SELECT)
-
-    def _select(self, incident: Incident, agent: AgentConfig) -> Incident:
-        if agent.recovery.first_try == CURRENT and not incident.tried:
-            problems = self.states.problems_on_disk(incident.agent)
-            if not problems:
-                chosen = self._noted(
-                    incident, SELECT, True, "the state on disk is sane: starting on it first"
-                )
-                return self._enter(chosen, DEPEND, chosen=(CURRENT,), deadline=self._patience(agent))
-            insane = "the state on disk is not sane: " + "; ".join(problems)
-            incident = self._keep(self._noted(incident, SELECT, False, insane))
-        # As of the death: what was stored of the dead agent since is no state to go back to.
-        plan = self.states.choose(incident.agent, as_of=incident.opened_at, exclude=incident.tried)
-        chosen = self._noted(incident, SELECT, True, "state of " + ", ".join(plan.sources))
-        return self._enter(chosen, RESTORE, chosen=plan.sources)
-
-    def _restore(self, incident: Incident, agent: AgentConfig) -> Incident:
-        kept = self.evidence_folder(incident) / f"tree-{len(incident.evidence) + 1}"
-        result, plan = self.states.restore(
-            incident.agent, as_of=incident.opened_at, exclude=incident.tried, evidence=kept
-        )
-        evidence = (*incident.evidence, str(result.evidence)) if result.evidence else incident.evidence
-        detail = f"{result.files} files, {result.bytes} bytes, verified and swapped in"
-        detail += (
-            f"; what stood there is in {result.evidence}" if result.evidence else "; it stood there already"
-        )
-        done = self._noted(replace(incident, evidence=evidence), RESTORE, True, detail)
-        done = self._with_loss(done, plan)
-        # The state is chosen anew for the restore, so what was restored is what counts.
-        return self._enter(done, DEPEND, chosen=result.sources, deadline=self._patience(agent))
-
-    def _with_loss(self, incident: Incident, plan: RestorePlan) -> Incident:
-        # Against what stood there at the death: later trees are those of states that were tried.
-        kept = Path(incident.evidence[0]) if incident.evidence else None
-        loss = self.states.loss(plan, kept, changes.all_changes(self.client), until=incident.opened_at)
-        lost = tuple(map(printable, (loss.lost or ())[: notice.SHOWN]))
-        count = None if loss.lost is None else len(loss.lost)
-        return replace(incident, state_at=loss.state_at, lost=lost, lost_count=count, missed=loss.missed)
-
-    def _patience(self, agent: AgentConfig) -> float:
-        """Return until when the agent waits for those that it needs: the death of one of them may yet be noticed."""
-        needed = (self.config.agents.get(name) for name in agent.depends_on)
-        notice_s = max((one.heartbeat.dead_after for one in needed if one is not None), default=0.0)
-        return self.now() + agent.heartbeat.verify_within + notice_s
-
-    def _depend(self, incident: Incident, agent: AgentConfig) -> Incident | None:
-        if agent.depends_on:
-            beats = self._beats(incident.beat_mark)
-            latest = self.store.latest(agent.depends_on)
-            missing = missing_dependencies(incident, agent.depends_on, latest, beats)
-            if missing:
-                return self._wait_for(incident, missing, latest)
-        detail = f"{', '.join(agent.depends_on)} alive" if agent.depends_on else "depends on nobody"
-        return self._enter(self._noted(incident, DEPEND, True, detail), START)
-
-    def _wait_for(
-        self, incident: Incident, missing: list[str], latest: Mapping[str, Incident]
-    ) -> Incident | None:
-        last = {agent: latest[agent] for agent in missing if agent in latest}
-        fallen = [agent for agent, one in last.items() if _escalated_since(one, incident.opened_at)]
-        if fallen:
+        incident = self._noted(incident, FENCE, True, detail)
+        if incident.attempts >= agent.recovery.attempts:
+            stable = f"within {agent.recovery.stable_for:g} s of its recovery"
             return self._give_up(
-                self._noted(incident, DEPEND, False, f"{', '.join(fallen)} could not be recovered"),
-                f"it needs {', '.join(fallen)}, which could not be recovered",
+                incident, f"{incident.attempts} states were tried; on the last one it died {stable}"
             )
-        now = self.now()
-        if incident.deadline is not None and now >= incident.deadline:
-            # An open recovery of a dependency has deadlines of its own; only one that nobody works on is given up.
-            idle = [agent for agent in missing if agent not in last or not last[agent].is_open]
-            if idle:
-                return self._give_up(
-                    self._noted(incident, DEPEND, False, f"no beat of {', '.join(idle)}"),
-                    f"it needs {', '.join(idle)}, of which nothing was heard",
-                )
-        if not incident.steps or incident.steps[-1].step != "wait":
-            incident = self._noted(incident, "wait", True, f"for {', '.join(missing)}")
-        return self._sleep(incident, now + LOOK_AGAIN_S)
+        return self._enter(incident, SELECT)
 
     def _start(self, incident: Incident, agent: AgentConfig) -> Incident:
         adapter = self.adapter_of(incident.agent)
@@ -306,59 +225,9 @@ class Recovery(Ledger):
             return None
         left_s = max(1.0, (incident.deadline or now) - now)
         limit_s = min(agent.heartbeat.health_within, left_s)
-        return examine(incident.agent, agent.root, agent.health, redis_url=self.redis_url, limit_s=limit_s)
-
-    # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _retry(self, incident: Incident, why: str, phase: str, *, state_failed: bool = True) -> Incident:
-        """Go on with `phase`, or give up after the configured number of attempts.
-
-        A state that failed is not chosen again. A critical agent calls a human at the first failure.
-        """
-        attempts = incident.attempts + 1
-        tried = (*incident.tried, *incident.chosen[:1]) if state_failed else incident.tried
-        incident = replace(incident, attempts=attempts, tried=tried, chosen=(), deadline=None)
-        if attempts >= self.config.agents[incident.agent].recovery.attempts:
-            if phase == FENCE:
-                incident = self._left_stopped(incident)
-            return self._give_up(incident, f"{attempts} attempts failed; the last one: {why}")
-        if self.config.agents[incident.agent].critical:
-            # Nobody waits for the other attempts to be told; they may still bring it back.
-            incident = self.escalate(incident, Escalation(f"attempt {attempts} failed: {why}", final=False))
-        return self._enter(incident, phase)
-
-    def _left_stopped(self, incident: Incident) -> Incident:
-        """End what was started last: a human finds an agent that stands still, not one that is half alive."""
-        try:
-            grace_s = self.config.agents[incident.agent].recovery.stop_within
-            ended = self.adapter_of(incident.agent).stop(term_grace_s=grace_s)
-        except AgentBackupError as error:
-            return self._noted(incident, FENCE, False, str(error))
-        detail = f"ended {', '.join(map(str, ended))}; it is left stopped"
-        return self._noted(incident, FENCE, True, detail) if ended else incident
-
-    def _recovered(self, incident: Incident) -> Incident:
-        notice.send(self.client, incident, notice.text(incident, self.config.schedule.timezone), self.now())
-        detail = f"recovered from {', '.join(incident.chosen)}"
-        return self._closed(replace(incident, attempts=incident.attempts + 1), RECOVERED, detail)
-
-    def _give_up(self, incident: Incident, reason: str) -> Incident:
-        # The evidence is written first: an incident must not say “escalated” with nothing for the human to read.
-        return self._closed(self.escalate(incident, Escalation(reason)), ESCALATED, reason)
-
-    def _closed(self, incident: Incident, state: str, detail: str) -> Incident:
-        closed = incident.closed(state, self.now(), self._last_beat())
-        self.record(closed, state, state == RECOVERED, detail)
-        if state == RECOVERED and closed.attempts:
-            breakers.count(self.client, closed)
-        closed = self.store.save(closed, wake_at=None)
-        self.store.wake(DEPEND, self.now())
-        return closed
+        url = self.redis_url
+        return examine(incident.agent, agent.root, agent.health, redis_url=url, limit_s=limit_s)
 
 
 def _was_held(incident: Incident) -> bool:
     return bool(incident.steps) and incident.steps[-1].step == HELD
-
-
-def _escalated_since(incident: Incident, since: float) -> bool:
-    return incident.state == ESCALATED and (incident.closed_at or 0.0) >= since

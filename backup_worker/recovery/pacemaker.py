@@ -16,6 +16,7 @@ from backup_worker.due import STREAM, IncidentDue
 from backup_worker.recovery import heartbeats
 from backup_worker.recovery.incident import (
     AGAIN_AFTER_S,
+    CONFIRM,
     DEADLINES,
     DEPEND,
     ESCALATED,
@@ -66,16 +67,20 @@ class Pacemaker:
         for incident in waiting:
             if self._woken.get(incident.id) == incident.version:
                 continue
-            if self._has_what_it_waits_for(incident, config):
+            if self._has_what_it_waits_for(incident, config, now):
                 self._woken[incident.id] = incident.version
                 self.client.zadd(DEADLINES, {incident.id: now}, xx=True, lt=True)
         self._move_due(now)
         return BUSY_TICK_S
 
-    def _has_what_it_waits_for(self, incident: Incident, config: Config) -> bool:
+    def _has_what_it_waits_for(self, incident: Incident, config: Config, now: float) -> bool:
         agent = config.agents.get(incident.agent)
         if agent is None:
             return False
+        if incident.phase == CONFIRM:
+            beat = agent.heartbeat
+            since = now - beat.dead_after
+            return self.beats.is_steady(incident.agent, incident.beat_mark, beat.stable_beats, since)
         if incident.phase == PROVE:
             _, count = self.beats.streak(incident.agent, incident.start_mark, incident.old_incarnations)
             return count >= agent.heartbeat.stable_beats and not incident.unwell

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from backup_worker.alerts import Severity
 from backup_worker.due import IncidentDue
-from backup_worker.recovery import breakers, evidence, heartbeats
+from backup_worker.recovery import breakers, evidence, heartbeats, reapplied
 from backup_worker.recovery.breakers import Pause
-from backup_worker.recovery.incident import FENCE, RECOVERED, Incident, IncidentStore
+from backup_worker.recovery.incident import (
+    CONFIRM,
+    ESCALATED,
+    FENCE,
+    RECOVERED,
+    Incident,
+    IncidentStore,
+    Missed,
+    Stale,
+    after,
+    attempted_before,
+)
 from backup_worker.recovery.ledger import Escalation
 from backup_worker.recovery.machine import OPENED, Recovery
 from backup_worker.recovery.states import States
+from backup_worker.recovery.witnesses import last_heard
 from backup_worker.runtime import Runtime
 from em_bridge import streams
 from em_bridge.errors import AgentBackupError
@@ -23,6 +38,7 @@ from em_bridge.events import DEAD
 log = logging.getLogger(__name__)
 
 PAUSED_ALERT = "recovery-paused"
+MASS_ALERT = "mass-silence"
 BEATS_IN_REPORT = 20
 BEATS_WINDOW_S = 3600.0
 
@@ -53,28 +69,50 @@ class RecoveryService:
                 "agent-state", agent=agent, state=state, reason=f"{reason} (before {last.id} ended)"
             )
             return None
-        opened, _ = self._open(agent, reason)
+        opened, _ = self._open(agent, reason, phase=CONFIRM, **self._continuing(agent, last, at))
         self.advance(opened.id)
         return opened.id
 
-    def open(self, agent: str, reason: str) -> Incident:
+    def open(self, agent: str, reason: str, *, reapply: bool = False) -> Incident:
         """Return the open incident of `agent`, a new one if there is none; a worker takes it up at once.
+
+        With `reapply`, the approved changes that the last recovery has left out, or that the chosen state does not
+        hold, are put back over it.
 
         Raises NotFound for an unknown agent.
         """
-        incident, is_new = self._open(agent, reason, by_hand=True)
+        missed = self._missed(agent) if reapply else ()
+        incident, is_new = self._open(agent, reason, by_hand=True, reapply=reapply, missed=missed)
         if is_new:
             streams.append_once(
                 self.runtime.redis, IncidentDue(incident.id), once=f"incident/{incident.id}/opened"
             )
+        elif incident.phase == CONFIRM and not incident.by_hand:
+            # It need not wait any longer for a second witness: a human is one.
+            with contextlib.suppress(Stale):
+                now = streams.server_time(self.runtime.redis)
+                incident = self.store.save(replace(incident, by_hand=True), wake_at=now)
         return incident
 
-    def _open(self, agent: str, reason: str, *, by_hand: bool = False) -> tuple[Incident, bool]:
+    def _missed(self, agent: str) -> tuple[Missed, ...]:
+        """Return the approved changes that the agent's last recovery has left out."""
+        last = self.store.latest([agent]).get(agent)
+        return last.missed if last is not None and last.state == RECOVERED else ()
+
+    def _open(self, agent: str, reason: str, **facts: Any) -> tuple[Incident, bool]:
         self.runtime.config.agent(agent)
         now = streams.server_time(self.runtime.redis)
         token = f"{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
         mark = streams.last_id(self.runtime.redis, streams.HEARTBEATS)
-        return self.store.open(agent, token=token, now=now, reason=reason, beat_mark=mark, by_hand=by_hand)
+        return self.store.open(agent, token=token, now=now, reason=reason, beat_mark=mark, **facts)
+
+    def _continuing(self, agent: str, last: Incident | None, at: float) -> dict[str, Any]:
+        """Return what the incident of a death told at `at` takes over from the agent's last one."""
+        limits = self.runtime.config.agent(agent)
+        # A death is told when the silence has lasted: the last beat says when it was.
+        heard_at = last_heard(self.runtime.redis, agent)
+        died_at = heard_at if heard_at is not None else at - limits.heartbeat.dead_after
+        return after(attempted_before(last, died_at, limits.recovery.stable_for))
 
     def advance(self, incident_id: str) -> Incident:
         """Advance an incident as far as it goes now; raises NotFound."""
@@ -118,8 +156,19 @@ class RecoveryService:
         runtime = self.runtime
         states = States(runtime.config, runtime.repository)
         return Recovery(
-            runtime.redis, runtime.config, states, runtime.redis_url, self._record, self._escalate, self._trip
+            runtime.redis, runtime.config, states, runtime.redis_url,
+            self._record, self._escalate, self._trip, self._mass,
+        )  # fmt: skip
+
+    def _mass(self, agents: Sequence[str], problems: Sequence[str]) -> None:
+        found = "; ".join(problems) if problems else "the bus and this host are well"
+        doing = "nobody is recovered before that is mended" if problems else "who has ended is recovered"
+        body = (
+            f"{', '.join(agents)}. {found}: {doing}. Who still runs is left alone until it beats or ends, or you say "
+            "`backup-worker recover AGENT`"
         )
+        title = f"{len(agents)} of {len(self.runtime.config.agents)} agents fell silent at once"
+        self.runtime.alert(MASS_ALERT, "critical", title, body)
 
     def _record(self, incident: Incident, step: str, ok: bool, detail: str) -> None:
         self.runtime.record(
@@ -133,6 +182,10 @@ class RecoveryService:
             self.runtime.resolve(f"recovery/{incident.agent}")
             self.runtime.resolve(f"escalation/{incident.agent}")
             self.runtime.resolve(f"attempt/{incident.agent}")
+        if step in (RECOVERED, ESCALATED) and not self.store.open_ids().keys() - {incident.agent}:
+            self.runtime.resolve(MASS_ALERT)
+        if step == RECOVERED and incident.reapplied:
+            reapplied.store(self.runtime, incident, streams.server_time(self.runtime.redis))
 
     def _escalate(self, incident: Incident, escalation: Escalation) -> Incident:
         folder = self._machine().evidence_folder(incident)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from backup_worker.changes import Change
 from backup_worker.config import Config
+from backup_worker.recovery.incident import Missed
 from backup_worker.recovery.loss import Loss, missed_changes
 from backup_worker.snapshots import (
     AgentFiles,
@@ -56,6 +57,21 @@ class States:
         plan = self.choose(agent, as_of=as_of, exclude=exclude)
         result = execute(plan, self.config.agent(agent).root, evidence=evidence, now=clock.now())
         return result, plan
+
+    def put_back(self, agent: str, change: Missed, *, evidence: Path) -> str:
+        """Lay the paths of an approved change into the agent's root, as the snapshot that was made of it holds them.
+
+        Returns what is in the way, empty if it is done. What stood there is kept in the folder `evidence`.
+        """
+        if not (change.snapshot and change.paths):
+            return "there is no snapshot of it"
+        files = self.config.files_of(agent)
+        try:
+            plan = plan_restore(self.repository, files, from_id=change.snapshot, paths=change.paths)
+            execute(plan, files.root, evidence=evidence, now=clock.now())
+        except (AgentBackupError, OSError) as error:
+            return str(error)
+        return ""
 
     def loss(self, plan: RestorePlan, kept: Path | None, known: Iterable[Change], *, until: float) -> Loss:
         """Return what the restore of `plan` has cost, against the tree `kept` that stood there at the death.

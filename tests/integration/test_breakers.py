@@ -65,7 +65,7 @@ def test_what_dies_while_recovery_is_paused_waits_untouched_and_goes_on_at_the_r
     assert opened is not None
     for _ in range(3):
         held = fleet.service.advance(opened)
-    assert steps(held) == ["open", "paused"], "said once"
+    assert steps(held) == ["open", "confirm", "paused"], "said once"
     assert held.is_open
     assert fleet.files("z") == before
     assert set(fleet.alerts()) == {"recovery-paused", "recovery/z"}
@@ -146,19 +146,19 @@ def test_the_commands_say_what_cannot_be(fleet: Fleet) -> None:
 
 
 def test_an_agent_that_dies_again_and_again_is_given_to_a_human_and_nobody_else_is(fleet: Fleet) -> None:
-    fleet.add("z", recovery={"max_recoveries": 2})
+    fleet.add("z", recovery={"max_recoveries": 2, "stable_for": 0})
     fleet.add("jay")
     fleet.backup("z")
     fleet.backup("jay")
-    assert [dead(fleet, "z").state for _ in range(2)] == [RECOVERED] * 2
-    (pid,) = (one.pid for one in fleet.running("z"))
+    for _ in range(2):
+        assert dead(fleet, "z").state == RECOVERED
+        fleet.kill("z")
     third = dead(fleet, "z")
     assert third.state == ESCALATED
-    assert steps(third) == ["open", "breaker!"]
+    assert steps(third) == ["open", "confirm", "breaker!"]
     assert "recovered 2 times within 3600 s" in third.steps[-1].detail
     assert (Path(third.evidence[-1]) / "REPORT.md").exists()
     assert "escalation/z" in fleet.alerts()
-    assert [one.pid for one in fleet.running("z")] == [pid], "a human decides"
     assert dead(fleet, "jay").state == RECOVERED
     assert fleet.recover("z").state == RECOVERED, "by hand it is always possible"
 
@@ -174,7 +174,7 @@ def test_a_fleet_that_dies_again_and_again_is_paused_loudly_until_a_human_resume
     assert [dead(fleet, agent).state for agent in ("z", "jay")] == [RECOVERED] * 2
     opened = fleet.service.on_state("rick", "DEAD", "silence", time.time())
     assert opened is not None
-    assert steps(fleet.service.advance(opened)) == ["open", "paused"]
+    assert steps(fleet.service.advance(opened)) == ["open", "confirm", "paused"]
     assert (
         "2 recoveries within 60 minutes; the limit is 2" in fleet.service.store.get(opened).steps[-1].detail
     )
@@ -182,6 +182,21 @@ def test_a_fleet_that_dies_again_and_again_is_paused_loudly_until_a_human_resume
     assert command(fleet, "status")["recovery_paused"]["by"] == "breaker"
     fleet.service.resume("kari")
     assert fleet.drive(opened)[0].state == RECOVERED, "what was before the resume is forgiven"
+
+
+def test_an_agent_that_falls_silent_and_comes_back_all_the_time_is_given_to_a_human_as_it_is(
+    fleet: Fleet,
+) -> None:
+    fleet.add("z", recovery={"max_recoveries": 2})
+    fleet.backup("z")
+    pid = fleet.start("z")
+    for _ in range(2):
+        calm = dead(fleet, "z")
+        assert (calm.state, calm.attempts, steps(calm)) == (RECOVERED, 0, ["open", "confirm"])
+    third = dead(fleet, "z")
+    assert (third.state, steps(third)) == (ESCALATED, ["open", "breaker!"])
+    assert [one.pid for one in fleet.running("z")] == [pid], "a human decides"
+    assert fleet.client.zcard("backup:recovery:done") == 0, "it says nothing about the fleet"
 
 
 # ── counting ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -201,7 +216,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def count(client: redis.Redis, agent: str, at: float) -> None:
-    breakers.count(client, replace(Incident(f"{agent}-{at}", agent, at - 5), closed_at=at))
+    breakers.count(client, replace(Incident(f"{agent}-{at}", agent, at - 5, attempts=1), closed_at=at))
 
 
 def test_only_recoveries_within_the_period_and_of_that_agent_count(

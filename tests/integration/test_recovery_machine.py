@@ -365,15 +365,34 @@ def test_an_agent_starts_only_after_what_it_needs_has_proven_that_it_lives(fleet
     assert started >= next(one.at for one in z.steps if one.step == "prove")
 
 
-def test_what_needs_an_agent_that_was_given_up_is_given_up_and_not_started(fleet: Fleet) -> None:
+def test_what_needs_an_agent_that_was_given_up_is_held_and_starts_when_that_one_is_back(fleet: Fleet) -> None:
     fleet.add("z", mode="die", recovery={"attempts": 1})
     fleet.add("jay", depends_on=["z"])
     fleet.backup("z")
     fleet.backup("jay")
+    jay = fleet.open("jay")
+    assert fleet.recover("z").state == ESCALATED
+    held = fleet.service.advance(jay.id)
+    assert (held.is_open, steps(held)[-1]) == (True, "hold")
+    assert "z, which could not be recovered" in held.steps[-1].detail
+    assert fleet.running("jay") == []
+    # Looking again says nothing new.
+    assert steps(fleet.service.advance(jay.id)) == steps(held)
+    fleet.set_mode("z", "beat")
+    fleet.backup("z")
+    again = fleet.open("z")
+    jay, z = fleet.drive(jay.id, again.id)
+    assert (jay.state, z.state) == (RECOVERED, RECOVERED)
+
+
+def test_one_that_may_live_without_what_it_needs_is_started_all_the_same(fleet: Fleet) -> None:
+    fleet.add("z", mode="die", recovery={"attempts": 1})
+    fleet.add("jay", depends_on=["z"], recovery={"without_dependencies": "start"})
+    fleet.backup("z")
+    fleet.backup("jay")
     jay, z = fleet.drive(fleet.open("jay").id, fleet.open("z").id)
-    assert (jay.state, z.state) == (ESCALATED, ESCALATED)
-    assert "start" not in [one.step for one in jay.steps]
-    assert "z, which could not be recovered" in fleet.history()[-1]["detail"]
+    assert (jay.state, z.state) == (RECOVERED, ESCALATED)
+    assert "depend!" in steps(jay)
 
 
 def test_a_need_that_never_beats_is_given_up_when_its_death_would_have_been_noticed(fleet: Fleet) -> None:

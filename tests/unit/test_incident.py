@@ -7,10 +7,10 @@ import threading
 from dataclasses import replace
 
 import fakeredis
+import msgpack
 import pytest
 import redis
 
-from backup_worker.recovery import incident as module
 from backup_worker.recovery.incident import (
     AGAIN_AFTER_S,
     DEADLINES,
@@ -20,7 +20,10 @@ from backup_worker.recovery.incident import (
     RECOVERED,
     Incident,
     IncidentStore,
+    Missed,
     Stale,
+    after,
+    attempted_before,
 )
 from em_bridge.errors import NotFound
 
@@ -39,25 +42,6 @@ def store(client: redis.Redis) -> IncidentStore:
 
 def opened(store: IncidentStore, agent: str = "z", token: str = "1") -> Incident:
     return store.open(agent, token=token, now=NOW, reason="test", beat_mark="0-0")[0]
-
-
-def table_of_the_docstring() -> dict[str, set[str]]:
-    """Read the table that a human checks by eye; `retry` is `fence` again."""
-    rows = [line[4:] for line in (module.__doc__ or "").splitlines() if line.startswith("    ")]
-    header, lines = rows[0], rows[1:]
-    columns = [header.index(name) for name in ("phase", "what", "next", "if it failed")]
-    found: dict[str, set[str]] = {}
-    for line in lines:
-        phase, _, worked, failed = (
-            line[start:end].strip() for start, end in zip(columns, [*columns[1:], None], strict=True)
-        )
-        words = f"{worked} {failed}".replace("retry", "fence").replace(",", " ").split()
-        found[phase] = {word for word in words if word in PHASES}
-    return found
-
-
-def test_the_table_of_transitions_is_the_one_of_the_docstring() -> None:
-    assert table_of_the_docstring() == {phase: set(after) for phase, after in NEXT.items()}
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(PHASES, PHASES)))
@@ -172,3 +156,45 @@ def test_all_incidents_come_newest_first(store: IncidentStore) -> None:
     for number in range(250):
         store.open(f"a{number}", token="1", now=NOW + number, reason="", beat_mark="0-0")
     assert [one.agent for one in store.all()] == [f"a{number}" for number in reversed(range(250))]
+
+
+def closed(store: IncidentStore, number: int, *, agent: str = "z", at: float = NOW) -> Incident:
+    incident, _ = store.open(agent, token=str(number), now=at, reason="", beat_mark="0-0")
+    return store.save(incident.closed(RECOVERED, at + 1, "0-0"), wake_at=None)
+
+
+def test_closed_incidents_are_let_go_of_by_age_and_count_but_never_the_last_of_an_agent_or_an_open_one(
+    store: IncidentStore, client: redis.Redis
+) -> None:
+    closed(store, 0, agent="jay", at=NOW - 500)
+    waiting = store.open("rick", token="w", now=NOW - 500, reason="", beat_mark="0-0")[0]
+    for number in range(10):
+        closed(store, number, at=NOW - 100 + number)
+    assert store.forget(NOW, max_age_s=95.5, keep=7) == 5
+    assert [one.id for one in store.all()] == ["z-9", "z-8", "z-7", "z-6", "z-5", waiting.id, "jay-0"]
+    assert store.forget(NOW, max_age_s=1, keep=0) == 4
+    assert {one.agent for one in store.all()} == {"z", "jay", "rick"}
+    assert len(list(client.scan_iter("backup:incident:*"))) == 3
+    assert store.latest(["z", "jay"]).keys() == {"z", "jay"}
+
+
+def test_an_incident_of_an_older_version_can_still_be_read(store: IncidentStore, client: redis.Redis) -> None:
+    incident = opened(store)
+    key = f"backup:incident:{incident.id}"
+    raw = msgpack.unpackb(client.hget(key, "data"))
+    for name in ("inherited", "reapply", "reapplied"):
+        del raw[name]
+    client.hset(key, "data", msgpack.packb(raw | {"missed": ["c1, approved by kari"]}))
+    assert store.get(incident.id) == replace(incident, missed=(Missed("c1, approved by kari"),))
+
+
+def test_only_a_death_soon_after_its_recovery_counts_against_the_state() -> None:
+    recovered = Incident(
+        "z-1", "z", NOW, state=RECOVERED, closed_at=NOW + 10, chosen=("s1", "s0"), attempts=1
+    )
+    assert attempted_before(recovered, NOW + 70, 60) is recovered
+    assert attempted_before(recovered, NOW + 71, 60) is None
+    assert after(recovered) == {"tried": ("s1",), "attempts": 1, "inherited": 1}
+    for other in (None, replace(recovered, state=ESCALATED), replace(recovered, chosen=())):
+        assert attempted_before(other, NOW + 11, 60) is None
+    assert after(None) == {}

@@ -97,8 +97,8 @@ def incident(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def maintenance(args: dict[str, Any]) -> dict[str, Any]:
-    """Run the maintenance task `task`: see `backup_worker.maintain`."""
-    return maintain.run(_runtime(), args["task"], now=clock.now())
+    """Run the maintenance task `task`, or the part of it that `host` has: see `backup_worker.maintain`."""
+    return maintain.run(_runtime(), args["task"], now=clock.now(), host=args.get("host"))
 
 
 def report_failure(job: Job, error: BaseException) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from backup_worker import alerts, backups, changes, due, schedule, space
+from backup_worker import alerts, backups, changes, due, guard_rounds, schedule, space
 from backup_worker import drill as drills
 from backup_worker import scrub as scrubbing
+from backup_worker.config import Config
 from backup_worker.recovery import keeping
 from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime
@@ -25,10 +26,12 @@ WATCHED_AT = "backup:watched-at"
 STREAMS = (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM, streams.DEAD_LETTER)
 
 
-def run(runtime: Runtime, task: str, *, now: float) -> dict[str, Any]:
-    """Run `task` (a key of `TASKS`) at `now`, Unix seconds; raises NotFound for an unknown one."""
+def run(runtime: Runtime, task: str, *, now: float, host: str | None = None) -> dict[str, Any]:
+    """Run `task` (a key of `TASKS`) at `now`, Unix seconds, or the part of it that `host` has; raises NotFound."""
     if task not in TASKS:
         raise NotFound(f"there is no maintenance task “{task}”", hint=f"known: {', '.join(TASKS)}")
+    if task == guard_rounds.TASK:
+        return guard_rounds.run(runtime, now, host=host)
     return TASKS[task](runtime, now)
 
 
@@ -184,6 +187,20 @@ TASKS: dict[str, Callable[[Runtime, float], dict[str, Any]]] = {
     "scrub": scrub,
     "drill": drill,
     "trim": trim,
+    guard_rounds.TASK: guard_rounds.run,
 }
-EVERY_S = {"deliver": 30.0, "watch": 60.0, "prune": 3600.0, "scrub": 600.0, "drill": 600.0, "trim": 3600.0}
+EVERY_S = {
+    "deliver": 30.0,
+    "watch": 60.0,
+    "prune": 3600.0,
+    "scrub": 600.0,
+    "drill": 600.0,
+    "trim": 3600.0,
+    guard_rounds.TASK: 300.0,
+}
 """How often the scheduler asks for each task."""
+
+
+def periods(config: Config) -> dict[str, float]:
+    """Return how often the scheduler asks for each task under `config`, in seconds."""
+    return {**EVERY_S, guard_rounds.TASK: config.schedule.approvals.scan_minutes * 60}

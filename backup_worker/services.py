@@ -21,11 +21,23 @@ import redis.exceptions
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from backup_worker import alerts, backpressure, hosts, jobs, maintain, queues, retries, schedule, slots
+from backup_worker import (
+    alerts,
+    backpressure,
+    guard_rounds,
+    hosts,
+    jobs,
+    maintain,
+    queues,
+    retries,
+    schedule,
+    slots,
+)
 from backup_worker.config import Config, ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.due import BackupDue, MaintenanceDue
 from backup_worker.health import Mark
+from backup_worker.hints import Hints
 from backup_worker.recovery.pacemaker import IDLE_TICK_S, Pacemaker
 from backup_worker.runtime import Runtime
 from backup_worker.worker import make_worker
@@ -45,6 +57,8 @@ STANDSTILL_S = 5 * maintain.EVERY_S["watch"]
 UNSERVED_AFTER_S = 30.0
 """For how long jobs may wait in a queue without any worker: as long as a restart of the workers takes."""
 UNSERVED_LOOK_S = 5.0
+HINTS_APART_S = 10.0
+"""However much is written, guarded files are looked at no more often than this."""
 
 
 @contextlib.contextmanager
@@ -171,6 +185,7 @@ class Scheduler:
     def __init__(self, client: Any, watch: ConfigWatch) -> None:
         self.client = client
         self.watch = watch
+        self.hints = Hints()
         self._announced: set[tuple[str, str, str]] = set()
         self._forget_at = 0.0
         self._config_ok = False
@@ -196,9 +211,15 @@ class Scheduler:
         if slots.waiting(self.client):
             newest = schedule.due(self.watch.current, (), now)
             slots.announce(self.client, newest, now, ttl_s=SLOT_TTL_S)
-        for task, every_s in maintain.EVERY_S.items():
+        for task, every_s in maintain.periods(self.watch.current).items():
             once = f"maintenance/{task}/{int(now // every_s)}"
             streams.append_once(self.client, MaintenanceDue(task), once=once, ttl_s=every_s * 2)
+        self.hints.follow(self.watch.current)
+        if self.hints.due(now):
+            once = f"maintenance/{guard_rounds.TASK}/hint/{int(now // HINTS_APART_S)}"
+            streams.append_once(
+                self.client, MaintenanceDue(guard_rounds.TASK), once=once, ttl_s=HINTS_APART_S * 2
+            )
         self._tell_of_standstill(now)
         if clock.monotonic() >= self._look_at:
             self._look_at = clock.monotonic() + UNSERVED_LOOK_S

@@ -62,7 +62,8 @@ _RULES: Final[Mapping[str, tuple[str, ...]]] = {
     "worker": (
         f"{_OWN_DATA} {_RQ_SIGNALS} ~rq:* ~backup:*",
         f"({_LOOK} %R~em:*)",
-        f"({_APPEND_ONCE} ~em:due)",
+        # What it finds changed without an approval, it proposes.
+        f"({_APPEND_ONCE} ~em:due ~em:config-change)",
         f"({_READ_STREAMS} +eval +evalsha +time +xtrim ~em:agent-state ~em:config-change ~em:due ~em:dead-letter)",
     ),
     "scheduler": (

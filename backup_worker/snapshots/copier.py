@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from backup_worker.snapshots import sqlite
+from backup_worker.snapshots import large, sqlite
 from backup_worker.snapshots.content import ReadError, copy_hashed, write_whole
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.listing import signature
@@ -262,7 +262,10 @@ class Copier:
         # Before the reading: how long that takes must not make a young file look old.
         hot = clock.now() - before.st_mtime < HOT_S
         try:
-            size, digest = copy_hashed(fd, out, before.st_size)
+            if out is None:
+                size, digest = copy_hashed(fd, None, before.st_size)
+            else:
+                size, digest = large.copy_hashed(fd, out, before.st_size)
             if hot:
                 self.sleep(HOT_S)
                 os.lseek(fd, 0, os.SEEK_SET)

@@ -14,9 +14,10 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 
 from backup_worker.snapshots import disk
-from backup_worker.snapshots.content import copy_hashed, opened_ahead
+from backup_worker.snapshots.content import opened_ahead
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import SnapshotError, translated
+from backup_worker.snapshots.large import hash_from_disk
 from backup_worker.snapshots.manifest import CHECKSUMS, FILES, MANIFEST, Entry, Manifest, Problem, checksums
 from backup_worker.snapshots.repository import Repository
 
@@ -86,7 +87,7 @@ def read_back(
             else:
                 content = None
                 os.lseek(found, 0, os.SEEK_SET)
-                size, digest = copy_hashed(found, None, expected)
+                size, digest = hash_from_disk(found, expected)
         except OSError as error:
             yield entry, f"cannot be read: {(error.strerror or '').lower()}"
             continue

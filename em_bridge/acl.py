@@ -24,6 +24,7 @@ ROLES: Final = (EM, "dispatcher", "worker", "scheduler", "watchdog", "console", 
 # Needed by every client: to log in, and for transactions.
 _CONNECT: Final = "+ping +hello +auth +select +reset +client|setinfo +client|setname +multi +exec +discard"
 _APPEND_ONCE: Final = "+eval +evalsha +get +set +xadd ~em:once:*"
+_SEND: Final = "+eval +evalsha +xadd +hget +hmget +hset +hlen +hgetall +hdel"
 _READ_STREAMS: Final = "+xrange +xrevrange +xlen +exists +type +xread +xpending +xinfo|groups +xinfo|stream"
 # Data of one's own prefix: everything but managing the server, and code that stays on it.
 _OWN_DATA: Final = (
@@ -37,7 +38,7 @@ _RQ_SIGNALS: Final = "+publish +subscribe +psubscribe +unsubscribe +punsubscribe
 _RULES: Final[Mapping[str, tuple[str, ...]]] = {
     AGENT: (
         f"{_CONNECT} +xgroup|create +xreadgroup +xack ~em:inbox:{{name}}",
-        "(+eval +evalsha +xadd +hget +hmget +hset +hlen +hgetall +hdel ~em:messages ~em:sender:{name})",
+        f"({_SEND} ~em:messages ~em:sender:{{name}})",
         "(+xadd %W~em:heartbeats %W~em:dead-letter)",
         "(+sadd %W~em:seen)",
         "(+del +hset ~em:last-seen:{name})",
@@ -62,6 +63,8 @@ _RULES: Final[Mapping[str, tuple[str, ...]]] = {
     "worker": (
         f"{_OWN_DATA} {_RQ_SIGNALS} ~rq:* ~backup:*",
         f"({_LOOK} %R~em:*)",
+        # A message to an agent that was brought back, with a number line of the worker's own.
+        f"({_SEND} ~em:messages ~em:sender:backup-worker)",
         # What it finds changed without an approval, it proposes.
         f"({_APPEND_ONCE} ~em:due ~em:config-change)",
         f"({_READ_STREAMS} +eval +evalsha +time +xtrim ~em:agent-state ~em:config-change ~em:due ~em:dead-letter)",

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 from backup_worker.config.agents import AgentConfig, AgentsFile
 from backup_worker.config.document import Place
 from backup_worker.config.explain import Problem, suggestion
-from backup_worker.config.schedule import Schedule, Tier
+from backup_worker.config.schedule import AgentRedis, Schedule, Tier
 
 SLOT = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 OUR_NAME = "backup-worker"
@@ -33,6 +33,9 @@ Found = Iterator[tuple[Place, str, str | None]]
 def check_schedule(schedule: Schedule, file: str) -> list[Problem]:
     """Check everything that the schedule can be wrong about by itself."""
     found = [*_timezone(schedule.timezone), *_alerts(schedule), *_paging(schedule), *_tier_names(schedule)]
+    found += [
+        (("agent_redis", *place), text, hint) for place, text, hint in _agent_redis(schedule.agent_redis)
+    ]
     for name, tier in schedule.tiers.items():
         found += [(("tiers", name, *place), text, hint) for place, text, hint in _tier(tier)]
     if schedule.state == schedule.repository:
@@ -81,6 +84,25 @@ def _paging(schedule: Schedule) -> Found:
         expression = getattr(schedule.paging, name)
         if expression is not None:
             yield from _cron(expression, ("paging", name))
+
+
+def _agent_redis(agents: AgentRedis | None) -> Found:
+    if agents is None:
+        return
+    if "{password}" in agents.url and agents.passwords is None:
+        yield (
+            ("passwords",),
+            "is missing: the URL asks for {password}",
+            "`em-bridge acl --passwords FILE` writes it",
+        )
+    # Not above: only few have this, and redis takes a moment.
+    from em_bridge import connection
+    from em_bridge.errors import UsageError
+
+    try:
+        connection.connect(agents.url.replace("{user}", "agent-z").replace("{password}", "x"))
+    except UsageError as error:
+        yield ("url",), f"is wrong: {error.message}", error.hint
 
 
 def _tier_names(schedule: Schedule) -> Found:

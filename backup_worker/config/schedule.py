@@ -241,6 +241,24 @@ DEFAULT_TIERS: Mapping[str, Mapping[str, Any]] = {
 """The tiers of a schedule that names none."""
 
 
+class AgentRedis(Model):
+    """The server as agents reach it, each with the rights of its own user."""
+
+    url: str = Field(
+        title="server URL",
+        description="What an agent that a worker starts gets as REDIS_URL: {user} becomes agent-NAME (em for the EM), "
+        "{password} the password of that user.",
+        examples=["redis://{user}:{password}@bus:6379/0"],
+        repr=False,
+    )
+    passwords: AbsolutePath | None = Field(
+        None,
+        title="path",
+        description="The file of passwords that `em-bridge acl --passwords FILE` writes.",
+        examples=["/etc/agent-backup/passwords.json"],
+    )
+
+
 class Schedule(Model):
     """What is backed up, when and where to."""
 
@@ -283,6 +301,13 @@ class Schedule(Model):
     )
     paging: Paging = Field(default_factory=Paging, title="map", description="How and when humans are told.")
     limits: Limits = Field(default_factory=Limits, title="map of limits", description="When to alert.")
+    agent_redis: AgentRedis | None = Field(
+        None,
+        title="map with url",
+        description="The server for the agents that a worker starts. Without it they get the worker's own URL, and so "
+        "its rights.",
+        examples=[{"url": "redis://{user}:{password}@bus:6379/0", "passwords": "passwords.json"}],
+    )
     scrub: Scrub = Field(default_factory=Scrub, title="map", description="Verification of what is stored.")
     drill: Drill = Field(default_factory=Drill, title="map", description="Proof that restoring works.")
     approvals: Approvals = Field(

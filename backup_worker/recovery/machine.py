@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from backup_worker.recovery import breakers, heartbeats, notice
+from backup_worker.recovery.address import redis_url_of
 from backup_worker.recovery.checkup import Checkup, examine
 from backup_worker.recovery.incident import (
     CONFIRM,
@@ -168,7 +169,7 @@ class Recovery(Lays):
         old = tuple(sorted({*incident.old_incarnations, *recent}))
         incident = self._keep(replace(incident, start_mark=mark, old_incarnations=old))
         incident = self._with_notice(incident, agent)
-        pid = adapter.start(redis_url=self.redis_url)
+        pid = adapter.start(redis_url=redis_url_of(incident.agent, self.config, self.redis_url))
         detail = f"pid {pid}: {adapter.describe()}" if pid else adapter.describe()
         started = self._noted(replace(incident, pid=pid), START, True, detail)
         return self._enter(started, PROVE, deadline=self.now() + agent.heartbeat.verify_within)
@@ -225,7 +226,7 @@ class Recovery(Lays):
             return None
         left_s = max(1.0, (incident.deadline or now) - now)
         limit_s = min(agent.heartbeat.health_within, left_s)
-        url = self.redis_url
+        url = redis_url_of(incident.agent, self.config, self.redis_url)
         return examine(incident.agent, agent.root, agent.health, redis_url=url, limit_s=limit_s)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 
@@ -122,6 +123,57 @@ def test_everything_works_under_the_least_rights(locked: Locked, tmp_path: Path)
         assert not [user for user, word in locked.words.items() if word in said]
 
 
+BEATING = """
+import json, os, sys, time
+from em_bridge import Agent
+
+open("url", "w").write(os.environ["REDIS_URL"])
+with Agent(os.environ["AGENT_ID"], outbox=os.path.join(sys.argv[1], "z.outbox"), heartbeat_s=0.1):
+    time.sleep(60)
+"""
+
+
+def test_an_agent_that_a_worker_brings_back_has_the_rights_of_an_agent_and_not_those_of_the_worker(
+    locked: Locked, tmp_path: Path
+) -> None:
+    fleet = SmallFleet(tmp_path / "fleet", agents=("z",))
+    (fleet.root() / "agent.py").write_text(BEATING)
+    url = f"redis://{{user}}:{{password}}@127.0.0.1:{locked.server.port}/0"
+    fleet.edit(
+        "backup_schedule.json",
+        lambda document: document.update(agent_redis={"url": url, "passwords": str(locked.passwords)}),
+    )
+    fleet.edit(
+        "agents.json",
+        lambda document: document["agents"]["z"].update(
+            start={"command": [sys.executable, "agent.py", str(tmp_path)]},
+            recovery={"first_try": "current"},
+            heartbeat={"dead_after": 30},
+        ),
+    )
+    with (
+        part(tmp_path, locked, fleet, "dispatcher"),
+        part(tmp_path, locked, fleet, "worker", "--processes", "1"),
+    ):
+        try:
+            with Publisher(locked.url("em")) as em:
+                em.agent_state("z", "DEAD", reason="gone")
+            eventually(lambda: any(row.get("step") == "recovered" for row in fleet.history()), 40)
+            given = (fleet.root() / "url").read_text()
+            assert given == locked.url("agent-z")
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                connect(given).set("backup:anything", "1")
+        finally:
+            _stop(fleet.root())
+    assert not [row for row in locked.refusals() if "'set'" not in row]
+
+
+def _stop(root: Path) -> None:
+    for process in psutil.process_iter(["cwd"]):
+        if process.info["cwd"] == str(root):
+            process.kill()
+
+
 def _answers(url: str) -> bool:
     try:
         return bool(urllib.request.urlopen(url, timeout=5).status)
@@ -174,9 +226,8 @@ FORBIDDEN: dict[str, list[tuple[str, ...]]] = {
         ("XRANGE", "em:inbox:z", "-", "+"),
     ],
     "worker": [
-        ("XADD", "em:config-change", "*", "type", "config.approved", "body", "x"),
         ("XADD", "em:inbox:z", "*", "type", "message", "body", "x"),
-        ("XADD", "em:messages", "*", "type", "message", "body", "x"),
+        ("HSET", "em:sender:z", "last", "1"),
         ("DEL", "em:messages"),
         ("HSET", "em:fleet", "z", "x"),
     ],
@@ -248,7 +299,7 @@ def test_an_agent_cannot_pass_for_the_em(shared: Locked) -> None:
     with pytest.raises(redis.exceptions.RedisError):
         messages.send_once(shared.connect("agent-z"), "jay", "z", b"in jay's name", at=1.0)
     messages.send_once(shared.connect("agent-z"), "z", "jay", b"in its own", at=1.0)
-    [(_, fields)] = streams.read_range(shared.client, streams.MESSAGES)
+    [*_, (_, fields)] = streams.read_range(shared.client, streams.MESSAGES)
     assert decode(fields).sender == "z"  # type: ignore[attr-defined]
 
 

@@ -17,6 +17,7 @@ GROUPS: tuple[str, ...] = (
     "changes",
     "status",
     "alerts",
+    "letters",
     "record",
     "console_users",
     "demo",

@@ -22,6 +22,7 @@ from werkzeug.test import TestResponse
 from backup_worker import backups, schedule
 from backup_worker.config import load
 from backup_worker.console import create_app
+from backup_worker.console.server import THREADS
 from backup_worker.console.users import Users
 from backup_worker.recovery.incident import (
     DEPEND,
@@ -219,14 +220,17 @@ def _recover(runtime: Runtime, now: float) -> None:
 def served(world: World, *, loopback: bool = True) -> Iterator[str]:
     """Serve the console on a free port; yield its address."""
     app = create_app(world.runtime, loopback=loopback)
-    server = waitress.create_server(app, host="127.0.0.1", port=0, threads=6)
+    server = waitress.create_server(app, host="127.0.0.1", port=0, threads=THREADS)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.effective_port}"
     finally:
+        app.extensions["backup-worker-feed"].close()
+        server.task_dispatcher.shutdown(timeout=5)
         server.close()
         thread.join(5)
+        app.extensions["backup-worker-live"].close()
 
 
 @contextmanager

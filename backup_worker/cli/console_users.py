@@ -1,4 +1,4 @@
-"""Who may log in to the console: user add, user list, user remove."""
+"""Who may log in to the console, and what they may do there: user add, role, list, remove."""
 
 from __future__ import annotations
 
@@ -20,27 +20,58 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The user's na
 
 def add_commands(app: typer.Typer) -> None:
     """Add this group's commands to `app`."""
-    users = group(app, "user", "Who may log in to the console. Example: `backup-worker user add kari`")
+    users = group(
+        app, "user", "Who may log in to the console. Example: `backup-worker user add kari --role approver`"
+    )
     users.command()(add)
+    users.command("role")(give_role)
     users.command("list")(list_users)
     users.command()(remove)
 
 
+RoleOption = Annotated[
+    str,
+    typer.Option(
+        "--role", help="viewer (looks), operator (acts, too) or approver (decides about changes, too)."
+    ),
+]
+
+
 def add(
     name: NameArgument,
+    role: RoleOption = "viewer",
     config: ConfigOption = DEFAULT_CONFIG,
     password_stdin: Annotated[
         bool, typer.Option("--password-stdin", help="Read the password from stdin, for scripts.")
     ] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Give a known user a new password.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Give a known user a new password and role.")
+    ] = False,
 ) -> None:
     """Add a user; from the first one on, the console asks everybody to log in.
 
-    Example: `backup-worker user add kari`
+    Example: `backup-worker user add kari --role approver`
     """
     users = _users(config)
-    users.add(name, _password(from_stdin=password_stdin), replace=replace)
-    typer.echo(f"{name} may log in to the console")
+    users.add(name, _password(from_stdin=password_stdin), role=role, replace=replace)
+    typer.echo(f"{name} may log in to the console as {role}")
+    if role == "viewer":
+        typer.echo(
+            f"a viewer only looks; for more: backup-worker user role {name} operator, or approver", err=True
+        )
+
+
+def give_role(
+    name: NameArgument,
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="viewer, operator or approver.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Give a user another role; it counts at once, also in open sessions.
+
+    Example: `backup-worker user role kari approver`
+    """
+    _users(config).give_role(name, role)
+    typer.echo(f"{name} is {role} now")
 
 
 def list_users(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
@@ -48,12 +79,12 @@ def list_users(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = Fals
 
     Example: `backup-worker user list`
     """
-    names = _users(config).names()
+    users = [{"name": name, "role": user.role} for name, user in _users(config).all().items()]
     nobody = "no users: the console is open to everybody on this machine, and to nobody else"
     emit(
-        [{"name": name} for name in names],
+        users,
         as_json=as_json,
-        render=lambda _: typer.echo("\n".join(names) or nobody),
+        render=lambda rows: typer.echo("\n".join(f"{row['name']}  {row['role']}" for row in rows) or nobody),
     )
 
 

@@ -5,20 +5,19 @@ line of the record with the name of the user.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
-from threading import Lock
 from typing import Any
 
-from flask import Blueprint, current_app, flash, g, redirect, request, url_for
+from flask import Blueprint, flash, g, redirect, request, url_for
 from werkzeug.wrappers import Response
 
-from backup_worker import alerts, changes
+from backup_worker import alerts, approvals, changes
 from backup_worker.console.live import View, live, view
+from backup_worker.console.security import local_path
 from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Problem, verify_snapshot
-from em_bridge import Publisher, clock
+from em_bridge import clock
 from em_bridge.errors import AgentBackupError, RedisUnavailable, UsageError
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,8 @@ def note(here: View, action: str, **facts: Any) -> None:
         flash(f"This is not on the record, which cannot be written: {error}", "bad")
 
 
-def _with_redis() -> View:
+def with_redis() -> View:
+    """Return the request's view; raises RedisUnavailable, so that nothing is half done without Redis."""
     here = view()
     if here.runtime.client is None:
         raise RedisUnavailable(
@@ -53,8 +53,22 @@ def _with_redis() -> View:
     return here
 
 
-def _reason() -> str:
+def reason_given() -> str:
+    """Return the reason that the form gives, without space around it."""
     return request.form.get("reason", "").strip()[:MAX_REASON]
+
+
+def needed_reason(what: str) -> str:
+    """Return the reason; raises UsageError if there is none."""
+    found = reason_given()
+    if not found:
+        raise UsageError(f"{what} needs a reason", hint="it stands in the record beside your name")
+    return found
+
+
+def back(otherwise: str) -> Response:
+    """Return to the page that the form was on."""
+    return redirect(local_path(request.form.get("back", ""), otherwise))
 
 
 def _snapshot_page(identifier: str) -> Response:
@@ -84,29 +98,6 @@ def _set_pin(identifier: str, agent: str, *, held: bool) -> Response:
     return _snapshot_page(identifier)
 
 
-class Verifications:
-    """Verifications that people asked for, one after the other in a thread of their own."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._pool = ThreadPoolExecutor(1, "verify")
-        self._running: dict[str, Future[list[Problem]]] = {}
-
-    def start(self, runtime: Runtime, identifier: str, who: str) -> Future[list[Problem]]:
-        """Return the verification of `identifier` that runs, a new one if there is none."""
-        with self._lock:
-            self._running = {key: one for key, one in self._running.items() if not one.done()}
-            if identifier not in self._running:
-                self._running[identifier] = self._pool.submit(_verify, runtime, identifier, who)
-            return self._running[identifier]
-
-    def is_running(self, identifier: str) -> bool:
-        """Tell whether `identifier` is being verified."""
-        with self._lock:
-            found = self._running.get(identifier)
-            return found is not None and not found.done()
-
-
 def _verify(runtime: Runtime, identifier: str, who: str) -> list[Problem]:
     problems = verify_snapshot(runtime.repository, identifier, clock.now())
     agent = identifier.rpartition("/")[2]
@@ -130,9 +121,10 @@ def verify(tier: str, slot: str, agent: str) -> Response:
     """Read a snapshot again and compare it with its checksums."""
     here, identifier = view(), f"{tier}/{slot}/{agent}"
     here.runtime.repository.get_head(identifier)
-    running: Verifications = current_app.extensions["backup-worker-verifications"]
+    runtime, who = here.runtime, g.who
+    running = live().works.start(f"verify/{identifier}", lambda: _verify(runtime, identifier, who))
     try:
-        problems = running.start(here.runtime, identifier, g.who).result(VERIFY_WAIT_S)
+        problems = running.result(VERIFY_WAIT_S)
     except StillRunning:
         flash("Being verified; the record will say what came of it.", "info")
     else:
@@ -155,26 +147,34 @@ def reject(change: str) -> Response:
 
 
 def _decide(change: str, *, yes: bool) -> Response:
-    here, reason = _with_redis(), _reason()
+    here, reason = with_redis(), reason_given()
+    if not yes:
+        needed_reason("a rejection")
     known = changes.get(here.runtime.redis, change)
-    changes.check_decision(known, g.who, yes=yes, signers=here.config.allowed_signers)
-    if not yes and not reason:
-        raise UsageError(
-            "a rejection needs a reason", hint="the one who proposed it wants to know what to change"
-        )
-    publisher = Publisher(here.runtime.redis, patience_s=PATIENCE_S)
-    publish = publisher.config_approved if yes else publisher.config_rejected
-    entry = publish(change=change, by=g.who, reason=reason)
+    signature = request.form.get("signature", "").replace("\r\n", "\n").strip()
+    entry = approvals.decide(
+        here.runtime.redis, change, g.who, yes=yes, rules=approvals.rules(here.config), reason=reason,
+        signature=signature + "\n" if signature else None, patience_s=PATIENCE_S,
+    )  # fmt: skip
     word = "approve" if yes else "reject"
     note(here, word, change=change, agent=known.agent or None, reason=reason, entry=entry)
     flash(f"Change {change} is {'approved; the EM may apply it.' if yes else 'rejected.'}", "good")
     return redirect(url_for("pages.changes_page"))
 
 
+@blueprint.get("/changes/<change>/statement")
+def statement(change: str) -> Response:
+    """Send what this user has to sign to approve a change."""
+    here = with_redis()
+    text = changes.statement(changes.get(here.runtime.redis, change, approvals.rules(here.config)), g.who)
+    headers = {"Content-Disposition": "attachment; filename=statement"}
+    return Response(text, content_type="application/octet-stream", headers=headers)
+
+
 @blueprint.post("/alerts/acknowledge")
 def acknowledge() -> Response:
     """Say that an alert was seen; it is not sent again."""
-    here, key = _with_redis(), request.form.get("key", "")
+    here, key = with_redis(), request.form.get("key", "")
     alert = alerts.acknowledge(here.runtime.redis, key, g.who, here.now)
     note(here, "acknowledge", key=key, agent=alert.agent)
     flash(f"Acknowledged: {alert.title}", "good")
@@ -184,13 +184,34 @@ def acknowledge() -> Response:
 @blueprint.post("/agents/<agent>/recover")
 def recover(agent: str) -> Response:
     """Open an incident by hand."""
-    here, reason = _with_redis(), _reason()
+    here = with_redis()
     here.config.agent(agent)
-    if not reason:
-        raise UsageError(
-            "a recovery by hand needs a reason", hint="it stands in the record and in the incident"
-        )
+    reason = needed_reason("a recovery by hand")
     incident = RecoveryService(here.runtime).open(agent, reason)
     note(here, "recover", agent=agent, incident=incident.id, reason=reason)
     flash(f"Incident {incident.id} is open.", "good")
-    return redirect(url_for("pages.incident_page", identifier=incident.id))
+    return redirect(url_for("incidents.page", identifier=incident.id))
+
+
+@blueprint.post("/recovery/pause")
+def pause() -> Response:
+    """Hold all recoveries that have not begun to act."""
+    here, reason = with_redis(), needed_reason("a pause of all recoveries")
+    hours = request.form.get("hours", "")
+    until = here.now + 3600 * float(hours) if hours in ("1", "4", "24") else None
+    RecoveryService(here.runtime).pause(g.who, reason, until=until)
+    note(here, "pause-recovery", reason=reason, until=until)
+    return back(url_for("pages.fleet_page"))
+
+
+@blueprint.post("/recovery/resume")
+def resume() -> Response:
+    """Let recovery go on."""
+    here = with_redis()
+    ended = RecoveryService(here.runtime).resume(g.who)
+    if ended is not None:
+        note(here, "resume-recovery")
+    flash(
+        "Recovery goes on." if ended else "Recovery was not paused (any more).", "good" if ended else "info"
+    )
+    return back(url_for("pages.fleet_page"))

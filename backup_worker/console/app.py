@@ -16,8 +16,21 @@ from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from werkzeug.exceptions import HTTPException
 
 from backup_worker import alerts, changes
-from backup_worker.console import actions, metrics, pages, rq, words
+from backup_worker.console import (
+    actions,
+    feed,
+    files,
+    incidents,
+    messages,
+    metrics,
+    pages,
+    restores,
+    rq,
+    traffic,
+    words,
+)
 from backup_worker.console.live import Live, live, view
+from backup_worker.console.roles import ACCESS
 from backup_worker.console.security import secure
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
@@ -44,22 +57,31 @@ def create_app(runtime: Runtime, *, loopback: bool = True) -> Flask:
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = MAX_FORM_BYTES
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
-    app.extensions["backup-worker-live"] = Live(runtime)
-    app.extensions["backup-worker-verifications"] = actions.Verifications()
+    shared = app.extensions["backup-worker-live"] = Live(runtime)
     secure(app, loopback=loopback)
-    app.register_blueprint(pages.blueprint)
-    app.register_blueprint(actions.blueprint)
+    for room in (pages, actions, files, restores, incidents, messages):
+        app.register_blueprint(room.blueprint)
+    feed.mount(app, shared)
     metrics.mount(app)
     rq.mount(app)
     _add_words(app)
     _add_error_pages(app)
+    _check_access(app)
     return app
+
+
+def _check_access(app: Flask) -> None:
+    """Refuse to start with an address that the table of roles does not name, or a name without an address."""
+    known = {rule.endpoint for rule in app.url_map.iter_rules()}
+    if strangers := known ^ ACCESS.keys():
+        raise AgentBackupError(f"the table of roles does not agree with the addresses: {sorted(strangers)}")
 
 
 def _add_words(app: Flask) -> None:
     app.jinja_env.filters.update(
         ago=lambda at: words.ago(at, view().now),
         moment=lambda at: words.moment(at, view().zone),
+        day=lambda at: words.day(at, view().zone),
         clock_time=lambda at: words.clock_time(at, view().zone),
         iso=words.iso,
         duration=words.duration,
@@ -67,6 +89,7 @@ def _add_words(app: Flask) -> None:
         value=words.value,
         signed=words.signed,
         printable=printable,
+        shown=traffic.shown,
     )
     app.context_processor(lambda: {"view": view(), "live": live(), "badges": _badges})
 

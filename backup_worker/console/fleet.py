@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from backup_worker import alerts, maintain, queues, schedule
+from backup_worker import alerts, maintain, proofs, queues, schedule
 from backup_worker.config import AgentConfig, Tier
+from backup_worker.console.beats import Bars
+from backup_worker.console.drift import Drift
 from backup_worker.console.live import View
 from backup_worker.recovery.incident import Incident, IncidentStore
 from em_bridge import streams
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from backup_worker.snapshots import Head
 
 ALIVE, DEGRADED, DEAD, UNKNOWN = "ALIVE", "DEGRADED", "DEAD", "UNKNOWN"
+TONES = ("bad", "warn", "none", "good")
+"""From the worst to the best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,16 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
+class Detail:
+    """What is looked up only for the agents on the page."""
+
+    bars: Bars | None
+    proof: proofs.Note | None
+    proof_overdue: bool
+    drift: Drift | None
+
+
+@dataclass(frozen=True, slots=True)
 class Fleet:
     """The page `/`."""
 
@@ -123,11 +137,15 @@ def look(view: View) -> Fleet:
     config, now, zone = view.config, view.now, view.zone
     states = view.known(read_states, {})
     incidents = view.known(open_incidents, {})
-    overdue = maintain.missing_backups(view.runtime, now)
+    overdue = maintain.missing_backups(view.runtime, now, view.heads)
     failing = view.runtime.repository.failing()
     good, newest = newest_of(view.heads)
     grace_s = config.schedule.limits.overdue_minutes * 60
     limits = {name: age_limit_s(tier, zone, grace_s, now) for name, tier in config.schedule.tiers.items()}
+    needed_by: dict[str, list[str]] = {}
+    for name, agent in config.agents.items():
+        for other in agent.depends_on:
+            needed_by.setdefault(other, []).append(name)
     cards = []
     for name, agent in config.agents.items():
         cells = tuple(
@@ -143,7 +161,7 @@ def look(view: View) -> Fleet:
             Card(
                 name, agent, str(state.get("state", UNKNOWN)), state.get("since"), str(state.get("reason", "")),
                 state.get("last_beat"), incidents.get(name), cells,
-                tuple(other for other, its in config.agents.items() if name in its.depends_on),
+                tuple(needed_by.get(name, ())),
             )
         )  # fmt: skip
     return Fleet(
@@ -157,6 +175,26 @@ def look(view: View) -> Fleet:
         lag_s=view.known(lambda _: maintain.oldest_waiting(view.runtime, now), None),
         dead_letters=view.known(lambda client: int(client.xlen(streams.DEAD_LETTER)), None),
     )
+
+
+def details(view: View, cards: Sequence[Card]) -> dict[str, Detail]:
+    """Return the details of `cards`, by agent."""
+    shared, repository = view.live, view.runtime.repository
+    limit_s = view.config.schedule.drill.days * 86400
+    server_now = view.known(shared.beats.read, None)
+    drifts = shared.drifts.of(view.runtime, [card.name for card in cards])
+    found = {}
+    for card in cards:
+        note = proofs.note_of(repository, card.name)
+        proven_at = note.proven_at if note else None
+        dead_after = card.config.heartbeat.dead_after
+        found[card.name] = Detail(
+            shared.beats.of(card.name, server_now, dead_after) if server_now is not None else None,
+            note,
+            proven_at is not None and view.now - proven_at > limit_s,
+            drifts.get(card.name),
+        )
+    return found
 
 
 def next_runs(view: View) -> tuple[tuple[str, Tier, float | None], ...]:

@@ -16,7 +16,12 @@ import redis.exceptions
 from flask import current_app, g
 
 from backup_worker.config import ConfigWatch
+from backup_worker.console.background import Background
+from backup_worker.console.beats import Beats
+from backup_worker.console.drift import Drifts
 from backup_worker.console.users import Users
+from backup_worker.console.weights import Weights
+from backup_worker.recovery import breakers
 from backup_worker.runtime import Runtime
 from em_bridge import clock, connection
 
@@ -51,6 +56,11 @@ class Live:
         self._heads: list[Head] = []
         self._heads_until = 0.0
         self._heads_of: object = None
+        self.beats = Beats()
+        self.drifts = Drifts()
+        self.weights = Weights()
+        self.works: Background[Any] = Background("works")
+        """What people asked for and did not want to wait for: verifications, restores."""
 
     @property
     def address(self) -> str:
@@ -76,6 +86,11 @@ class Live:
                 self._heads = runtime.repository.snapshots()
                 self._heads_of, self._heads_until = root, clock.monotonic() + HEADS_FRESH_S
             return self._heads
+
+    def close(self) -> None:
+        """Begin nothing any more."""
+        self.drifts.close()
+        self.works.close()
 
     def forget(self) -> None:
         """Read the snapshots anew at the next question."""
@@ -117,6 +132,11 @@ class View:
     def zone(self) -> str:
         """The schedule's time zone."""
         return self.config.schedule.timezone
+
+    @property
+    def pause(self) -> breakers.Pause | None:
+        """The pause that holds all recoveries, None if there is none, or while Redis is away."""
+        return self.known(lambda client: breakers.paused(client, self.now), None)
 
     @property
     def heads(self) -> list[Head]:

@@ -4,52 +4,46 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 from flask import Blueprint, render_template, request
 
-from backup_worker import alerts, changes, proposals
-from backup_worker.console import fleet, slots, traffic
+from backup_worker import alerts, approvals, changes, proposals
+from backup_worker.console import fleet, graph, record, slots, weights
 from backup_worker.console.fleet import status_of
-from backup_worker.console.live import view
-from backup_worker.recovery.incident import IncidentStore
+from backup_worker.console.live import live, view
+from backup_worker.console.paging import paged
 from backup_worker.snapshots import Difference, Head, diff
-from em_bridge.errors import AgentBackupError, RedisUnavailable
+from em_bridge.errors import AgentBackupError
 
 blueprint = Blueprint("pages", __name__)
 
-PER_PAGE = 50
-MAX_LINES = 5000
-"""How many of the newest matching lines of the record a page looks at."""
-
+LINES_A_PAGE = 100
+AGENTS_A_PAGE = 48
+CALENDAR_AGENTS = 40
 _HASHED = ("seq", "at", "kind", "agent", "prev", "hash")
-Row = TypeVar("Row")
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[Row]):
-    """A part of a long list."""
-
-    rows: Sequence[Row]
-    number: int
-    last: int
-    total: int
-
-
-def paged(rows: Sequence[Row], per_page: int = PER_PAGE) -> Page[Row]:
-    """Return the part of `rows` that `?page=` asks for, the nearest if there is no such part."""
-    last = max(1, -(-len(rows) // per_page))
-    number = min(max(1, request.args.get("page", 1, int)), last)
-    return Page(rows[(number - 1) * per_page : number * per_page], number, last, len(rows))
 
 
 @blueprint.get("/")
 def fleet_page() -> str:
     """Show every agent: is it alive, and could it be brought back."""
-    return render_template("fleet.html", fleet=fleet.look(view()))
+    here = view()
+    known = fleet.look(here)
+    wanted = request.args.get("agent", "").strip()
+    cards = [card for card in known.cards if wanted.lower() in card.name.lower()]
+    if len(known.cards) > AGENTS_A_PAGE:
+        # Where not all fit on a page, those in trouble come first.
+        cards.sort(key=lambda card: fleet.TONES.index(card.tone))
+    page = paged(cards, AGENTS_A_PAGE)
+    return render_template(
+        "fleet.html", fleet=known, page=page, wanted=wanted, details=fleet.details(here, page.rows),
+        graph=graph.draw(
+            {card.name: card.config.depends_on for card in known.cards},
+            [card.name for card in known.cards if card.tone in ("bad", "warn")],
+        ),
+        tones={card.name: card.tone for card in known.cards},
+    )  # fmt: skip
 
 
 @blueprint.get("/backups")
@@ -58,8 +52,11 @@ def backups_page() -> str:
     here = view()
     wanted = {key: request.args.get(key, "") for key in ("agent", "tier", "status")}
     found = [head for head in reversed(here.heads) if _matches(head, wanted)]
+    names = [name for name in here.config.agents if wanted["agent"] in ("", name)]
+    shown = paged(names, CALENDAR_AGENTS, "agents")
     return render_template(
-        "backups.html", calendars=slots.calendars(here.config, here.heads, here.now), runs=fleet.next_runs(here),
+        "backups.html", calendars=slots.calendars(here.config, here.heads, here.now, shown.rows), shown=shown,
+        runs=fleet.next_runs(here),
         page=paged(found), wanted=wanted, agents=sorted({head.agent for head in here.heads} | set(here.config.agents)),
         status_of=status_of,
     )  # fmt: skip
@@ -99,47 +96,50 @@ def _previous(others: Iterable[Head], manifest: Head) -> str | None:
     return next((one.id for one in older), None)
 
 
-@blueprint.get("/incidents")
-def incidents_page() -> str:
-    """Show recoveries, open and past."""
-    found = view().known(lambda client: list(IncidentStore(client).all()), [])
-    return render_template("incidents.html", page=paged(found), open=[one for one in found if one.is_open])
-
-
-@blueprint.get("/incidents/<identifier>")
-def incident_page(identifier: str) -> str:
-    """Show one recovery, step by step."""
+@blueprint.get("/weights/<agent>")
+def weights_page(agent: str) -> str:
+    """Show an agent's weights over time, and who let each change in."""
     here = view()
-    if here.runtime.client is None:
-        raise RedisUnavailable(here.redis_problem or "redis is away", hint="incidents are kept in Redis")
-    return render_template("incident.html", incident=IncidentStore(here.runtime.redis).get(identifier))
+    paths = here.config.agent(agent).files.get("weights", [])
+    heads = [head for head in here.heads if head.agent == agent]
+    points = live().weights.history(here.runtime.repository, heads, paths)
+    keys, known = weights.choose(points, request.args.getlist("key"))
+    return render_template(
+        "weights.html", agent=agent, points=points, plot=weights.draw(points, keys), keys=keys, known=known,
+        size=weights, page=paged([point for point in reversed(points) if point.changes or not point.before]),
+    )  # fmt: skip
 
 
 @blueprint.get("/changes")
 def changes_page() -> str:
     """Show what waits for a human's word, and what became of the rest."""
     here = view()
-    found = here.known(changes.all_changes, [])[::-1]
+    rules = approvals.rules(here.config, here.now)
+    found = here.known(lambda client: changes.all_changes(client, rules), [])[::-1]
     waiting = [
         (one, proposals.compare(one, here.runtime.repository, here.heads))
         for one in found
         if one.state == changes.PROPOSED
     ]
     decided = [one for one in found if one.state != changes.PROPOSED]
-    by_name = not here.config.allowed_signers.exists()
-    return render_template("changes.html", waiting=waiting, page=paged(decided), by_name=by_name)
+    return render_template(
+        "changes.html", waiting=waiting, page=paged(decided), by_name=not rules.need_signature,
+        signers=here.config.allowed_signers, same_person=changes.same_person,
+    )  # fmt: skip
 
 
 @blueprint.get("/history")
 def history_page() -> str:
     """Show the record, the newest first."""
     here = view()
-    kind, agent = request.args.get("kind") or None, request.args.get("agent") or None
-    newest = deque(here.runtime.history.read(kind, agent), maxlen=MAX_LINES)
+    wanted = record.Wanted(*(request.args.get(key, "").strip() for key in ("kind", "agent", "q")))
+    found = record.newest(
+        here.config.schedule.history, wanted, count=LINES_A_PAGE, before=request.args.get("before", None, int)
+    )
     report = here.runtime.history.verify() if request.args.get("verify") and _has_history() else None
     return render_template(
-        "history.html", page=paged([_line(line) for line in reversed(newest)], 100), kind=kind, agent=agent,
-        kinds=KINDS, report=report, cut=len(newest) == MAX_LINES, max_lines=MAX_LINES,
+        "history.html", lines=[_line(line) for line in found.lines], older=found.older, wanted=wanted, kinds=KINDS,
+        report=report,
     )  # fmt: skip
 
 
@@ -171,13 +171,3 @@ def alerts_page() -> str:
     here = view()
     receivers = [_receiver(one.url) for one in here.config.schedule.alerts]
     return render_template("alerts.html", alerts=here.known(alerts.open_alerts, []), receivers=receivers)
-
-
-@blueprint.get("/messages")
-def messages_page() -> str:
-    """Show the bus: how long the streams are, who lags behind, what could not be handled."""
-    here = view()
-    return render_template(
-        "messages.html", streams=here.known(traffic.look, []), letters=here.known(traffic.dead_letters, []),
-        messages=here.known(traffic.recent_messages, []),
-    )  # fmt: skip

@@ -5,10 +5,12 @@ What is wrong with rq-dashboard 0.9 here, and what this module does about it:
 - it reads jobs with pickle and its own `Job`: here with `ShownJob`, which reads msgpack only and shows whatever cannot
   be read instead of failing (foreign jobs, results and metadata in other forms, bytes, dependencies, lost jobs);
 - requeueing writes `meta` anew (as pickle, by itself): here it is left untouched;
+- compacting a queue moves all of it aside (a crash then loses it) and fails on an empty one: here it does neither;
 - looking at a list takes unknown jobs out of the queue: here looking changes nothing;
 - `requeue all` works by GET: here every change is a POST with the session's token, and a line of the record;
 - it connects by itself, anew for each request that names an instance: here it gets the console's own client;
 - arguments in its addresses are not checked (an unknown registry or page size was a server error): here they are;
+- its markup carries styles, for which a policy would have to allow all inline styles: here they are taken out;
 - descriptions are put into its pages as markup (stored XSS, its issue 526), by a template engine that needs `eval`:
   here `static/rq.js` takes that engine's place, escapes everything and evaluates nothing, under a policy that lets only
   scripts with this response's nonce run.
@@ -110,6 +112,12 @@ class ShownQueue(SafeQueue):
             broken.description = f"(not readable: {error})"
             return broken
 
+    def compact(self) -> None:
+        """Take the ids of lost jobs out of the queue; RQ's own moves the whole queue aside, and fails on an empty one."""
+        for job_id in self.get_job_ids():
+            if not ShownJob.exists(job_id, connection=self.connection):
+                self.connection.lrem(self.key, 0, job_id)
+
 
 class ShownWorker(Worker):
     """A worker to look at."""
@@ -185,7 +193,8 @@ def _before() -> None:
         return
     if request.endpoint in CHANGING and request.method != "POST":
         abort(405, "changes are made by POST only")
-    if request.endpoint == "rq_dashboard.static":
+    if request.endpoint in ("rq_dashboard.static", "rq_dashboard.favicon"):
+        current_app.redis_conn = live().client  # type: ignore[attr-defined]  # asked for here too, and not used
         return
     given = request.view_args
     if given.get("instance_number", 0) != 0:
@@ -207,8 +216,18 @@ def _number(text: Any) -> int:
     return int(text) if re.fullmatch(r"\d{1,9}", str(text)) else 0
 
 
+_STYLE = re.compile(r"""\sstyle=("[^"]*"|'[^']*')""")
+
+
+def _without_styles(found: re.Match[str]) -> str:
+    # What its script shows later is hidden by our style sheet until then.
+    return " data-off" if "none" in found[1] else ""
+
+
 def _after(response: Response) -> Response:
-    """Put what was done on the record."""
+    """Take styles out of the markup, which the policy refuses, and put what was done on the record."""
+    if request.blueprint == "rq_dashboard" and response.mimetype == "text/html":
+        response.set_data(_STYLE.sub(_without_styles, response.get_data(as_text=True)))
     if (
         request.endpoint in CHANGING
         and request.method == "POST"

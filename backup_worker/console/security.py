@@ -1,9 +1,10 @@
 """The lock on the door: login, sessions, CSRF, the Host header, and what browsers are told to refuse.
 
 Every request passes `guard` first. With users, everything but the login page, the style sheet and `/healthz` needs a
-session (or, for `/metrics`, a name and password by HTTP Basic). Without users the console belongs to this machine
-alone, and `guard` answers only to names of this machine, so that no foreign page can reach it by rebinding a name.
-Every POST needs the session's token. A session ends with its user, with its user's password, and after `SESSION_S`.
+session (or, for `/metrics`, a name and password by HTTP Basic) of a user whose role may use that address (`roles`).
+Without users the console belongs to this machine alone, and `guard` answers only to names of this machine, so that no
+foreign page can reach it by rebinding a name. Every POST needs the session's token. A session ends with its user,
+with its user's password, and after `SESSION_S`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from flask.sessions import SecureCookieSessionInterface
 from werkzeug.wrappers import Response as AnyResponse
 
 from backup_worker.console.live import users, view
+from backup_worker.console.roles import ACCESS, APPROVER, may
+from backup_worker.console.users import User
 from em_bridge import clock
 
 SESSION_S = 12 * 3600
@@ -41,7 +44,6 @@ TRIES, TRIES_WINDOW_S = 5, 300.0
 """Failed logins from one address, within so many seconds, before it has to wait."""
 
 MAX_PASSWORD_LENGTH = 1024
-_OPEN_ENDPOINTS = frozenset({"static", "login", "healthz"})
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -102,6 +104,7 @@ def secure(app: Flask, *, loopback: bool) -> None:
     app.context_processor(
         lambda: {
             "csrf_token": csrf_token, "who": getattr(g, "who", None), "has_users": getattr(g, "has_users", True),
+            "role": getattr(g, "role", None), "may": lambda endpoint: may(getattr(g, "role", None), endpoint),
         }
     )  # fmt: skip
 
@@ -115,16 +118,20 @@ def guard() -> AnyResponse | None:
     """Let a request in, send it to the login page, or refuse it."""
     if not _host_is_ours():
         abort(421, "this console answers to localhost only")
-    known = users()
-    g.has_users = bool(known.names())
+    known = users().all()
+    g.has_users = bool(known)
     if not g.has_users and not current_app.config["CONSOLE_LOOPBACK"]:
         abort(403, "there is no user any more: add one with `backup-worker user add NAME`")
-    g.who = _who(g.has_users)
+    g.who, g.role = _who(known)
     if request.method not in _SAFE_METHODS:
         _check_origin_and_token()
-    if g.who is None and request.endpoint not in _OPEN_ENDPOINTS:
+    # Without an endpoint there is no such page, which is not worth hiding from those who are in.
+    if may(g.role, request.endpoint) or (g.who is not None and request.endpoint is None):
+        return None
+    if g.who is None:
         return _ask_for_login()
-    return None
+    needed = ACCESS.get(request.endpoint or "", "nobody")
+    return abort(403, f"this needs the role “{needed}”, and {g.who} is “{g.role}”")
 
 
 def _host_is_ours() -> bool:
@@ -136,34 +143,36 @@ def _host_is_ours() -> bool:
         return False
 
 
-def _who(has_users: bool) -> str | None:
-    """Return the user of this request: of the session, by HTTP Basic on /metrics, or this machine's own."""
-    if not has_users:
-        return getpass.getuser()
+def _who(known: dict[str, User]) -> tuple[str | None, str | None]:
+    """Return name and role of who asks: of the session, by HTTP Basic on /metrics, or this machine's own."""
+    if not known:
+        return getpass.getuser(), APPROVER
     name, mark = session.get("user"), session.get("mark")
     if isinstance(name, str) and isinstance(mark, str):
-        now_valid = users().mark(name)
+        user = known.get(name)
         fresh = clock.now() - float(session.get("since", 0)) < SESSION_S
-        if now_valid is not None and hmac.compare_digest(now_valid, mark) and fresh:
-            return name
+        if user is not None and hmac.compare_digest(user.mark, mark) and fresh:
+            return name, user.role
         session.clear()
     if request.endpoint == "metrics" and request.authorization and request.authorization.type == "basic":
-        return _by_password(request.authorization.username or "", request.authorization.password or "")
-    return None
+        name = request.authorization.username or ""
+        user = _by_password(name, request.authorization.password or "")
+        return (name, user.role) if user else (None, None)
+    return None, None
 
 
-def _by_password(name: str, password: str) -> str | None:
-    """Return `name` if the password is right; counts failures, and refuses with 429 what tries too often."""
+def _by_password(name: str, password: str) -> User | None:
+    """Return the user if the password is right; counts failures, and refuses with 429 what tries too often."""
     limit: LoginLimit = current_app.config["CONSOLE_LIMIT"]
     address = request.remote_addr or "?"
     wait_s = limit.wait_s(address, clock.now())
     if wait_s:
         g.retry_after_s = wait_s
         abort(429, f"too many failed logins; try again in {wait_s} s")
-    if len(password) <= MAX_PASSWORD_LENGTH and users().check(name, password):
-        return name
-    limit.failed(address, clock.now())
-    return None
+    user = users().check(name, password) if len(password) <= MAX_PASSWORD_LENGTH else None
+    if user is None:
+        limit.failed(address, clock.now())
+    return user
 
 
 def _check_origin_and_token() -> None:
@@ -199,18 +208,19 @@ def csrf_token() -> str:
 
 def login() -> Any:
     """Show the form, or let a user in."""
-    target = _local_path(request.values.get("next", ""))
+    target = local_path(request.values.get("next", ""), url_for("pages.fleet_page"))
     if g.who is not None:
         return redirect(target)
     if request.method == "GET":
         return render_template("login.html", next=target)
     name = request.form.get("name", "").strip()
-    if _by_password(name, request.form.get("password", "")) is None:
+    user = _by_password(name, request.form.get("password", ""))
+    if user is None:
         flash("That name and password do not belong together.", "bad")
         return render_template("login.html", next=target, name=name), 401
     # A new session: what was known of the one before the login must be worth nothing.
     session.clear()
-    session.update(user=name, mark=users().mark(name), since=clock.now())
+    session.update(user=name, mark=user.mark, since=clock.now())
     view().runtime.record("action", action="login", by=name, via="console", address=request.remote_addr)
     return redirect(target)
 
@@ -221,11 +231,11 @@ def logout() -> Any:
     return redirect(url_for("login"))
 
 
-def _local_path(wanted: str) -> str:
-    """Return `wanted` if it is a path of this console; a redirect must never leave it."""
+def local_path(wanted: str, otherwise: str) -> str:
+    """Return `wanted` if it is a path of this console, else `otherwise`; a redirect must never leave it."""
     parts = urlsplit(wanted)
     plain = wanted.startswith("/") and not wanted.startswith(("//", "/\\")) and wanted.isprintable()
-    return wanted if plain and not parts.netloc and not parts.scheme else url_for("pages.fleet_page")
+    return wanted if plain and not parts.netloc and not parts.scheme else otherwise
 
 
 def script_nonce() -> str:
@@ -240,10 +250,10 @@ def add_headers(response: AnyResponse) -> AnyResponse:
     policy = dict(POLICY)
     if "nonce" in g:
         policy["script-src"] += f" 'nonce-{g.nonce}'"
-        # The dashboard's own templates carry a few of them; no value stands in any.
-        policy["style-src-attr"] = "'unsafe-inline'"
     headers = response.headers
-    headers["Content-Security-Policy"] = "; ".join(f"{name} {rule}" for name, rule in policy.items())
+    headers.setdefault(
+        "Content-Security-Policy", "; ".join(f"{name} {rule}" for name, rule in policy.items())
+    )
     headers["X-Frame-Options"] = "DENY"
     headers["X-Content-Type-Options"] = "nosniff"
     headers["Referrer-Policy"] = "same-origin"

@@ -8,19 +8,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import waitress
 
+from backup_worker.console import feed
 from backup_worker.console.address import checked, is_loopback
 from backup_worker.console.app import create_app
+from backup_worker.console.live import Live
 from backup_worker.runtime import Runtime
 from em_bridge.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-THREADS = 8
+THREADS = 8 + feed.MOST_STREAMS
+"""Eight for pages; each open stream of events holds one more."""
 
 
 def serve(runtime: Runtime, listen: str) -> None:
@@ -41,18 +44,22 @@ def serve(runtime: Runtime, listen: str) -> None:
             hint="choose another port with --listen HOST:PORT",
         ) from error
     log.info("console on http://%s", listen)
-    with _ended_by_signals():
+    shared: Live = app.extensions["backup-worker-live"]
+    events: feed.Feed = app.extensions["backup-worker-feed"]
+    with _ended_by_signals(events.close):
         try:
             server.run()
         finally:
             server.close()
+            shared.close()
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Turn SIGTERM into what Ctrl-C does; waitress then finishes the requests that run."""
+def _ended_by_signals(first: Callable[[], None]) -> Iterator[None]:
+    """Turn SIGTERM into what Ctrl-C does, behind `first`; waitress then finishes the requests that run."""
 
     def end(*_: Any) -> None:
+        first()
         raise SystemExit(0)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,14 +43,17 @@ class Calendar:
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
-def calendars(config: Config, heads: Iterable[Head], now: float) -> list[Calendar]:
-    """Return the calendar of every tier that has a cron expression."""
+def calendars(config: Config, heads: Iterable[Head], now: float, agents: Sequence[str]) -> list[Calendar]:
+    """Return the calendar of every tier that has a cron expression, with a row for each of `agents`."""
     by_tier: dict[str, list[Head]] = {}
+    shown = set(agents)
     for head in heads:
+        if head.agent not in shown:
+            continue
         by_tier.setdefault(head.tier, []).append(head)
     zone = config.schedule.timezone
     return [
-        _calendar(name, tier, list(config.agents), by_tier.get(name, []), zone, now)
+        _calendar(name, tier, list(agents), by_tier.get(name, []), zone, now)
         for name, tier in config.schedule.tiers.items()
         if tier.cron is not None
     ]
@@ -83,11 +86,11 @@ def _calendar(name: str, tier: Tier, agents: list[str], heads: list[Head], zone:
         first.setdefault(head.agent, head.created_at)
         inside.setdefault((head.agent, _base(head.slot, names)), []).append(head)
     rows = []
-    for agent in [*agents, *sorted({head.agent for head in heads} - set(agents))]:
+    for agent in agents:
         cells = []
         for slot in slots:
             found = tuple(inside.get((agent, slot.name), ()))
-            missed = not found and agent in agents and first.get(agent, now) < slot.at < now
+            missed = not found and first.get(agent, now) < slot.at < now
             cells.append(Cell(found, missed))
         rows.append((agent, tuple(cells)))
     return Calendar(name, tier, tuple(slots), tuple(rows))

@@ -1,7 +1,8 @@
-"""The bus as a person sees it: streams with their groups, dead letters, the last messages."""
+"""The bus as a person sees it: streams with their groups, and who wrote to whom."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
 NEWEST = 50
+LOOKED_AT = 5000
 MAX_INBOXES = 500
 STREAMS = (
     streams.AGENT_STATE,
@@ -46,15 +48,11 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
-    """A dead letter on its stream."""
+class Log:
+    """A part of the message log, the newest first; `older` is the entry before which the next part begins."""
 
-    entry: str
-    at: float
-    source: str
-    source_entry: str
-    reason: str
-    raw: str
+    rows: tuple[dict[str, Any], ...]
+    older: str | None
 
 
 def look(client: Redis) -> list[Stream]:
@@ -86,47 +84,35 @@ def _stream(client: Redis, name: str) -> Stream:
     return Stream(name, int(length), streams.entry_time(last) if last != "0-0" else None, groups)
 
 
-def dead_letters(client: Redis) -> list[Letter]:
-    """Return the newest dead letters, the newest first."""
-    rows: Any = client.xrevrange(streams.DEAD_LETTER, count=NEWEST)
-    return [_letter(entry.decode(), fields) for entry, fields in rows]
+def messages(client: Redis, sender: str = "", to: str = "", before: str = "") -> Log:
+    """Return messages before an entry (default: the newest), without what they say.
 
-
-def _letter(entry: str, fields: Any) -> Letter:
-    at = streams.entry_time(entry)
-    try:
-        letter = events.decode(fields, stream=streams.DEAD_LETTER)
-    except InvalidEvent as error:
-        return Letter(entry, at, "?", "?", f"not readable itself: {error.message}", repr(fields)[:4000])
-    assert isinstance(letter, events.DeadLetter)
-    raw = "\n".join(f"{key}: {shown(content)}" for key, content in letter.raw.items())
-    return Letter(entry, at, letter.source, letter.entry, letter.reason, raw)
-
-
-def recent_messages(client: Redis) -> list[dict[str, Any]]:
-    """Return the newest messages of the log, the newest first, without what they say."""
-    rows: Any = client.xrevrange(streams.MESSAGES, count=NEWEST)
-    found = []
+    Looks at `LOOKED_AT` entries at most, so that a filter that nothing matches costs no more.
+    """
+    end = f"({before}" if re.fullmatch(r"\d{1,20}-\d{1,20}", before) else "+"
+    rows: Any = client.xrevrange(streams.MESSAGES, end, "-", count=LOOKED_AT if sender or to else NEWEST)
+    found: list[dict[str, Any]] = []
+    last = ""
     for raw_id, fields in rows:
-        entry = raw_id.decode()
-        row: dict[str, Any] = {"entry": entry, "at": streams.entry_time(entry)}
-        try:
-            message = events.decode(fields, stream=streams.MESSAGES)
-        except InvalidEvent as error:
-            found.append(row | {"problem": error.message})
-            continue
-        assert isinstance(message, events.Message)
-        found.append(
-            row
-            | {
-                "sender": message.sender,
-                "to": message.to,
-                "seq": message.seq,
-                "size": len(message.payload),
-                "problem": None,
-            }
-        )
-    return found
+        last = raw_id.decode()
+        row = _message(last, fields)
+        if sender in ("", row.get("sender")) and to in ("", row.get("to")):
+            found.append(row)
+        if len(found) == NEWEST:
+            break
+    return Log(tuple(found), last if len(found) == NEWEST or len(rows) == LOOKED_AT else None)
+
+
+def _message(entry: str, fields: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"entry": entry, "at": streams.entry_time(entry), "problem": None}
+    try:
+        message = events.decode(fields, stream=streams.MESSAGES)
+    except InvalidEvent as error:
+        return row | {"problem": error.message}
+    assert isinstance(message, events.Message)
+    return row | {
+        "sender": message.sender, "to": message.to, "seq": message.seq, "size": len(message.payload),
+    }  # fmt: skip
 
 
 def shown(content: Any, limit: int = 2000) -> str:

@@ -16,8 +16,10 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from backup_worker.console.roles import ROLES, VIEWER
 from em_bridge.errors import AgentBackupError, NotFound, UsageError
 
 MIN_PASSWORD_LENGTH = 10
@@ -34,6 +36,19 @@ class UsersError(AgentBackupError):
     """The users' file cannot be read, or is not one."""
 
 
+@dataclass(frozen=True, slots=True)
+class User:
+    """What is kept of a user: the hash of the password, and the role."""
+
+    password: str
+    role: str = VIEWER
+
+    @property
+    def mark(self) -> str:
+        """What a session of this user must carry to be valid: it changes with the password."""
+        return hashlib.sha256(self.password.encode()).hexdigest()[:16]
+
+
 class Users:
     """The users of one console, kept in `folder`, which is made by the first write."""
 
@@ -41,12 +56,16 @@ class Users:
         self.folder = folder
         self.path = folder / "users.json"
 
+    def all(self) -> dict[str, User]:
+        """Return the users by name, sorted. Raises UsersError."""
+        return dict(sorted(self._read().items()))
+
     def names(self) -> list[str]:
         """Return the names, sorted. Raises UsersError."""
-        return sorted(self._read())
+        return list(self.all())
 
-    def add(self, name: str, password: str, *, replace: bool = False) -> None:
-        """Add a user, or give a known one a new password. Raises UsageError, UsersError."""
+    def add(self, name: str, password: str, *, role: str = VIEWER, replace: bool = False) -> None:
+        """Add a user, or give a known one a new password and role. Raises UsageError, UsersError."""
         if not _NAME.fullmatch(name):
             raise UsageError(f"“{name}” is not a user name", hint="letters, digits, and . _ @ - between them")
         if len(password) < MIN_PASSWORD_LENGTH:
@@ -54,33 +73,38 @@ class Users:
                 f"the password has fewer than {MIN_PASSWORD_LENGTH} characters",
                 hint="a few words in a row are easy to remember and hard to guess",
             )
+        user = User(hash_password(password), _checked(role))
         with self._locked():
             known = self._read()
             if name in known and not replace:
                 raise UsageError(
                     f"there is a user “{name}” already", hint="give --replace for a new password"
                 )
-            self._write(known | {name: hash_password(password)})
+            self._write(known | {name: user})
+
+    def give_role(self, name: str, role: str) -> None:
+        """Give a user another role, which counts from the next request on. Raises UsageError, NotFound, UsersError."""
+        with self._locked():
+            known = self._read()
+            self._write(known | {name: replace(_known(known, name), role=_checked(role))})
 
     def remove(self, name: str) -> None:
         """Take a user out; sessions of that user end at once. Raises NotFound, UsersError."""
         with self._locked():
             known = self._read()
-            if name not in known:
-                raise NotFound(f"there is no user “{name}”", hint="see `backup-worker user list`")
+            _known(known, name)
             del known[name]
             self._write(known)
 
-    def check(self, name: str, password: str) -> bool:
-        """Tell whether `password` is that of `name`, in the same time for a name that does not exist."""
-        stored = self._read().get(name)
-        right = verify_password(password, stored or _NOBODY)
-        return right and stored is not None
+    def check(self, name: str, password: str) -> User | None:
+        """Return the user if `password` is right; takes the same time for a name that does not exist."""
+        user = self._read().get(name)
+        right = verify_password(password, user.password if user else _NOBODY)
+        return user if right else None
 
-    def mark(self, name: str) -> str | None:
-        """Return what a session of `name` must carry to be valid: it changes with the password; None for nobody."""
-        stored = self._read().get(name)
-        return None if stored is None else hashlib.sha256(stored.encode()).hexdigest()[:16]
+    def get(self, name: str) -> User | None:
+        """Return a user, None for nobody. Raises UsersError."""
+        return self._read().get(name)
 
     def session_secret(self) -> bytes:
         """Return the key that signs sessions, made once."""
@@ -92,25 +116,28 @@ class Users:
                 _write_private(path, secrets.token_bytes(32))
             return _usable_secret(path)
 
-    def _read(self) -> dict[str, str]:
+    def _read(self) -> dict[str, User]:
         try:
             document = json.loads(self.path.read_bytes())
-            found = {str(name): str(entry["password"]) for name, entry in document["users"].items()}
+            found = {
+                str(name): User(str(entry["password"]), _checked(entry.get("role", VIEWER)))
+                for name, entry in document["users"].items()
+            }
         except FileNotFoundError:
             return {}
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise UsersError(f"cannot read the users in “{self.path}”: {reason}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, UsageError) as error:
             raise UsersError(
                 f"“{self.path}” is not a file of users",
                 hint="move it away, and add the users again with `backup-worker user add NAME`",
             ) from error
         return found
 
-    def _write(self, known: dict[str, str]) -> None:
-        document = {"users": {name: {"password": known[name]} for name in sorted(known)}}
-        _write_private(self.path, json.dumps(document, indent=2).encode() + b"\n")
+    def _write(self, known: dict[str, User]) -> None:
+        users = {name: asdict(known[name]) for name in sorted(known)}
+        _write_private(self.path, json.dumps({"users": users}, indent=2).encode() + b"\n")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -121,6 +148,18 @@ class Users:
             yield
         finally:
             os.close(lock)
+
+
+def _known(users: dict[str, User], name: str) -> User:
+    if name not in users:
+        raise NotFound(f"there is no user “{name}”", hint="see `backup-worker user list`")
+    return users[name]
+
+
+def _checked(role: str) -> str:
+    if role not in ROLES:
+        raise UsageError(f"“{role}” is not a role", hint=f"the roles are {', '.join(ROLES)}")
+    return role
 
 
 def hash_password(password: str) -> str:

@@ -44,6 +44,11 @@ def clock_time(at: float | None, zone: str) -> str:
     return NOTHING if at is None else _local(at, zone).strftime("%a %H:%M")
 
 
+def day(at: float, zone: str) -> str:
+    """Return the day in `zone`, for the foot of a plot: `11-23`."""
+    return _local(at, zone).strftime("%m-%d")
+
+
 def iso(at: float | None) -> str:
     """Return `at` for the `datetime` attribute of a page, in UTC."""
     return "" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

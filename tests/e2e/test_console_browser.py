@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, StorageState, expect, sync_playwright
 
 from backup_worker import alerts, changes, queues
+from backup_worker.console.roles import APPROVER
 from backup_worker.recovery.incident import RECOVERED, IncidentStore
 from em_bridge import Publisher
 from tests.console_fleet import PASSWORD, World, live_through, make_world, served
@@ -38,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     server = ValkeyServer(tmp_path_factory.mktemp("valkey"))
     made = make_world(tmp_path_factory.mktemp("fleet") / "w", server.url)
     live_through(made, time.time(), days=7)
-    made.users.add("kari", PASSWORD)
+    made.users.add("kari", PASSWORD, role=APPROVER)
     queues.open_queue("backup", made.runtime.redis).enqueue_call(
         "backup_worker.jobs.backup", args=({"agent": HOSTILE},), job_id="hostile", description=HOSTILE
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import pytest
 
 from backup_worker import alerts, backups, changes
 from backup_worker.console import create_app
+from backup_worker.console.roles import APPROVER
 from backup_worker.recovery.incident import IncidentStore
 from em_bridge import Publisher, events, streams
 from tests.console_fleet import PASSWORD, Visitor, World, make_world
 from tests.integration.conftest import ValkeyServer
+from tests.tools import needs
 
 
 @pytest.fixture
 def world(valkey: ValkeyServer, tmp_path: Path) -> World:
     made = make_world(tmp_path / "w", valkey.url, ("em", "z"))
-    made.users.add("kari", PASSWORD)
+    made.users.add("kari", PASSWORD, role=APPROVER)
     return made
 
 
@@ -115,12 +118,30 @@ def test_nobody_decides_what_they_proposed(world: World, kari: Visitor) -> None:
     assert "somebody else has to decide it" in kari.get("/changes").text
 
 
-def test_where_signatures_are_asked_for_a_click_is_no_approval(world: World, kari: Visitor) -> None:
+def test_where_signatures_are_asked_for_a_click_is_no_approval_and_a_signature_is(
+    world: World, kari: Visitor, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    keygen = [needs("ssh-keygen", why="approvals are signed with it")]
+    subprocess.run([*keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    public = key.with_suffix(".pub").read_text().strip()
+    (world.config_dir / "allowed_signers").write_text(f'kari namespaces="agent-backup" {public}\n')
     propose(world)
-    (world.config_dir / "allowed_signers").write_text("kari ssh-ed25519 AAAA\n")
     assert kari.post("/changes/c1/approve").status_code == 400
+    assert kari.post("/changes/c1/approve", signature="-----BEGIN SSH SIGNATURE-----").status_code == 400
     assert decisions(world) == []
-    assert "Approvals need a signature here" in kari.get("/changes").text
+    assert "Approvals count by signature here" in kari.get("/changes").text
+    statement = tmp_path / "statement"
+    statement.write_bytes(kari.get("/changes/c1/statement").data)
+    subprocess.run(
+        [*keygen, "-q", "-Y", "sign", "-f", str(key), "-n", "agent-backup", str(statement)], check=True
+    )
+    signature = Path(f"{statement}.sig").read_text()
+    # A browser sends a text area's lines with both ends.
+    answer = kari.post("/changes/c1/approve", signature=signature.replace("\n", "\r\n"))
+    assert answer.status_code == 302, answer.text
+    assert len(decisions(world)) == 1
+    assert "by kari" in kari.get("/changes").text or "signed" in kari.get("/changes").text
 
 
 def test_a_change_that_is_not_there_is_404(world: World, kari: Visitor) -> None:

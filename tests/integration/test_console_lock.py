@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,10 +16,11 @@ from pathlib import Path
 import pytest
 from flask import Flask
 
-from backup_worker.console import create_app
+from backup_worker.console import create_app, roles
+from backup_worker.console.roles import APPROVER, OPERATOR, ROLES, VIEWER
 from backup_worker.console.security import TRIES
 from backup_worker.console.users import Users, UsersError
-from em_bridge.errors import NotFound, UsageError
+from em_bridge.errors import AgentBackupError, NotFound, UsageError
 from tests.console_fleet import PASSWORD, Visitor, World, basic, make_world, until
 from tests.integration.conftest import ValkeyServer, free_port
 
@@ -70,7 +72,7 @@ def test_on_loopback_its_own_names_are_served(app: Flask, host: str) -> None:
 
 
 def test_with_users_every_page_asks_for_a_login_first(world: World, app: Flask) -> None:
-    world.users.add("kari", PASSWORD)
+    world.users.add("kari", PASSWORD, role=APPROVER)
     visitor = Visitor(app)
     for path in ("/", "/backups", "/history", "/rq/", "/rq/0/data/queues.json", "/rq/0/view/jobs"):
         answer = visitor.get(path)
@@ -83,7 +85,7 @@ def test_with_users_every_page_asks_for_a_login_first(world: World, app: Flask) 
 
 
 def test_the_right_password_opens_and_logging_out_closes(world: World, app: Flask) -> None:
-    world.users.add("kari", PASSWORD)
+    world.users.add("kari", PASSWORD, role=APPROVER)
     visitor = Visitor(app)
     answer = visitor.log_in("kari", next="/backups")
     assert (answer.status_code, answer.location) == (302, "/backups")
@@ -94,14 +96,14 @@ def test_the_right_password_opens_and_logging_out_closes(world: World, app: Flas
 
 
 def test_a_wrong_name_and_a_wrong_password_are_answered_alike(world: World, app: Flask) -> None:
-    world.users.add("kari", PASSWORD)
+    world.users.add("kari", PASSWORD, role=APPROVER)
     answers = [Visitor(app).log_in("kari", "not this one"), Visitor(app).log_in("olav", PASSWORD)]
     assert [answer.status_code for answer in answers] == [401, 401]
     assert all("do not belong together" in answer.text for answer in answers)
 
 
 def test_who_guesses_has_to_wait_even_with_the_right_password(world: World, app: Flask) -> None:
-    world.users.add("kari", PASSWORD)
+    world.users.add("kari", PASSWORD, role=APPROVER)
     visitor = Visitor(app)
     for _ in range(TRIES):
         assert visitor.log_in("kari", "wrong wrong").status_code == 401
@@ -118,13 +120,13 @@ def test_who_guesses_has_to_wait_even_with_the_right_password(world: World, app:
     "target", ["//evil.example/", "https://evil.example/", "/\\evil.example", "javascript:alert(1)", "/\n/x"]
 )
 def test_a_login_never_leads_to_another_site(world: World, app: Flask, target: str) -> None:
-    world.users.add("kari", PASSWORD)
+    world.users.add("kari", PASSWORD, role=APPROVER)
     assert Visitor(app).log_in("kari", next=target).location == "/"
 
 
 def test_a_session_ends_with_its_user_and_with_its_password(world: World, app: Flask) -> None:
-    world.users.add("kari", PASSWORD)
-    world.users.add("olav", PASSWORD)
+    world.users.add("kari", PASSWORD, role=APPROVER)
+    world.users.add("olav", PASSWORD, role=APPROVER)
     kari, olav = Visitor(app), Visitor(app)
     kari.log_in("kari")
     olav.log_in("olav")
@@ -135,14 +137,14 @@ def test_a_session_ends_with_its_user_and_with_its_password(world: World, app: F
 
 
 def test_a_cookie_that_somebody_made_up_opens_nothing(world: World, app: Flask) -> None:
-    world.users.add("kari", PASSWORD)
+    world.users.add("kari", PASSWORD, role=APPROVER)
     forger = Flask("forger")
     forger.secret_key = b"x" * 32
     signer = forger.session_interface.get_signing_serializer(forger)  # type: ignore[attr-defined]
     visitor = Visitor(app)
     visitor.client.set_cookie(
         "agent_backup_session",
-        signer.dumps({"user": "kari", "mark": world.users.mark("kari"), "since": time.time()}),
+        signer.dumps({"user": "kari", "mark": world.users.all()["kari"].mark, "since": time.time()}),
     )
     assert visitor.get("/").status_code == 302
 
@@ -159,6 +161,65 @@ def test_metrics_may_be_read_with_a_name_and_password(world: World, app: Flask) 
         client.get("/metrics", headers={"Host": "localhost", **basic("prometheus", "wrong")}).status_code
         == 401
     )
+
+
+# The whole of what each role may do beyond looking, written down a second time: a change of the table must be meant.
+ACTS = frozenset({
+    "actions.acknowledge", "actions.pause", "actions.pin", "actions.recover", "actions.resume", "actions.unpin",
+    "actions.verify", "files.archive", "files.file", "incidents.acknowledge", "incidents.evidence", "restores.start",
+    "restores.wizard", "rq_dashboard.compact_queue", "rq_dashboard.delete_job_view", "rq_dashboard.empty_queue",
+    "rq_dashboard.requeue_all", "rq_dashboard.requeue_job_view", "traffic.drop", "traffic.replay", "traffic.retry",
+})  # fmt: skip
+DECIDES = frozenset({"actions.approve", "actions.reject", "actions.statement"})
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_address_is_open_to_the_roles_of_the_table_and_to_no_other(
+    world: World, app: Flask, role: str
+) -> None:
+    world.users.add("kari", PASSWORD, role=role)
+    visitor = Visitor(app)
+    visitor.log_in("kari")
+    token = visitor.token()
+    closed = {VIEWER: ACTS | DECIDES, OPERATOR: DECIDES, APPROVER: frozenset()}[role]
+    refused = set()
+    for rule in app.url_map.iter_rules():
+        if rule.endpoint in ("logout", "live.events"):
+            continue
+        path = re.sub(r"<int:[^>]+>", "1", rule.rule)
+        path = re.sub(r"<[^>]+>", "x", path)
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
+            answer = visitor.client.open(
+                path, method=method, data={"csrf_token": token} if method == "POST" else None,
+                headers=visitor.headers,
+            )  # fmt: skip
+            assert answer.status_code != 500, (method, path, answer.text)
+            if answer.status_code == 403:
+                refused.add(rule.endpoint)
+                assert "This needs the role" in answer.text, path
+    assert refused == closed
+
+
+def test_a_role_that_is_taken_away_counts_from_the_next_click_on(world: World, app: Flask) -> None:
+    world.users.add("kari", PASSWORD, role=OPERATOR)
+    visitor = Visitor(app)
+    visitor.log_in("kari")
+    assert "Recover z" in visitor.get("/").text
+    world.users.give_role("kari", VIEWER)
+    page = visitor.get("/").text
+    assert "Recover z" not in page
+    assert "Pause recovery" not in page
+    assert visitor.post("/agents/z/recover", reason="x").status_code == 403
+    assert visitor.get("/").status_code == 200
+
+
+def test_an_address_without_a_role_keeps_the_console_from_starting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "ACCESS", {**roles.ACCESS, "pages.forgotten": VIEWER})
+    monkeypatch.setattr("backup_worker.console.app.ACCESS", roles.ACCESS)
+    with pytest.raises(AgentBackupError, match=r"pages\.forgotten"):
+        create_app(world.runtime)
 
 
 def test_nothing_is_changed_without_the_sessions_token(app: Flask) -> None:
@@ -182,14 +243,15 @@ def test_no_address_that_changes_something_answers_to_get(app: Flask) -> None:
         for rule in app.url_map.iter_rules()
         if "POST" in (rule.methods or ()) and rule.endpoint != "login"
     ]
-    assert len(changing) >= 12
+    assert len(changing) >= 20
+    readable = {"/snapshots/x/x/x/restore"}
     for rule in changing:
         path = re.sub(r"<[^>]+>", "x", rule.rule)
-        assert visitor.get(path).status_code == 405, path
+        assert visitor.get(path).status_code == (404 if path in readable else 405), path
 
 
 def test_browsers_are_told_to_run_nothing_of_others_and_to_keep_nothing(world: World, app: Flask) -> None:
-    world.users.add("kari", PASSWORD)
+    world.users.add("kari", PASSWORD, role=APPROVER)
     visitor = Visitor(app)
     answer = visitor.log_in("kari")
     cookie = answer.headers["Set-Cookie"]
@@ -209,7 +271,7 @@ def test_browsers_are_told_to_run_nothing_of_others_and_to_keep_nothing(world: W
 
 def test_passwords_are_kept_as_scrypt_hashes_that_only_their_owner_reads(world: World, app: Flask) -> None:
     users = world.users
-    users.add("kari", PASSWORD)
+    users.add("kari", PASSWORD, role=APPROVER)
     users.session_secret()
     assert PASSWORD not in users.path.read_text()
     for path in (users.path, users.folder / "session.key"):
@@ -221,7 +283,7 @@ def test_passwords_are_kept_as_scrypt_hashes_that_only_their_owner_reads(world: 
 
 
 def test_a_broken_file_of_users_opens_the_console_to_nobody(world: World, app: Flask) -> None:
-    world.users.add("kari", PASSWORD)
+    world.users.add("kari", PASSWORD, role=APPROVER)
     for content in ("", "{}", "[]", '{"users": []}', '{"users": {"kari": {}}}'):
         world.users.path.write_text(content)
         with pytest.raises(UsersError):
@@ -237,21 +299,25 @@ def test_a_broken_file_of_users_opens_the_console_to_nobody(world: World, app: F
 
 def test_users_are_added_listed_and_removed_by_command(world: World) -> None:
     assert "open to everybody on this machine" in command(world, "user", "list").stdout
-    assert command(world, "user", "add", "kari", "--password-stdin", stdin=PASSWORD + "\n").returncode == 0
-    assert command(world, "user", "list", "--json").stdout.split() == [
-        "[",
-        "{",
-        '"name":',
-        '"kari"',
-        "}",
-        "]",
-    ]
+    added = command(world, "user", "add", "kari", "--password-stdin", stdin=PASSWORD + "\n")
+    assert added.returncode == 0
+    assert "a viewer only looks" in added.stderr
+    words = ("user", "add", "olav", "--role", "operator", "--password-stdin")
+    assert command(world, *words, stdin=PASSWORD + "\n").returncode == 0
+    assert command(world, "user", "role", "kari", "approver").returncode == 0
+    assert json.loads(command(world, "user", "list", "--json").stdout) == [
+        {"name": "kari", "role": "approver"}, {"name": "olav", "role": "operator"},
+    ]  # fmt: skip
     again = command(world, "user", "add", "kari", "--password-stdin", stdin=PASSWORD + "\n")
     assert again.returncode == 2
     assert "--replace" in again.stderr
-    short = command(world, "user", "add", "olav", "--password-stdin", stdin="short\n")
+    short = command(world, "user", "add", "siri", "--password-stdin", stdin="short\n")
     assert short.returncode == 2
     assert "fewer than" in short.stderr
+    wrong = command(world, "user", "role", "kari", "king")
+    assert wrong.returncode == 2
+    assert "viewer, operator, approver" in wrong.stderr
+    assert command(world, "user", "role", "nobody", "viewer").returncode == 4
     assert command(world, "user", "remove", "kari").returncode == 0
     assert command(world, "user", "remove", "kari").returncode == 4
 
@@ -285,7 +351,7 @@ def test_an_address_that_is_none_is_a_usage_error(world: World, listen: str) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_and_ends_cleanly_when_told_to(world: World, number: signal.Signals) -> None:
-    world.users.add("kari", PASSWORD)
+    world.users.add("kari", PASSWORD, role=APPROVER)
     port = free_port()
     words = ("console", "--config", str(world.config_dir), "--redis-url", world.url)
     program = [sys.executable, "-m", "backup_worker", *words, "--listen", f"0.0.0.0:{port}"]

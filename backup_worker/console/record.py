@@ -1,0 +1,90 @@
+"""The end of the record, read backwards: a page of the newest matching lines costs the same however long it is.
+
+One page looks at `MAX_BYTES` at most; where nothing (more) was found in them, the next page goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BLOCK_BYTES = 1 << 18
+MAX_BYTES = 12 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Lines of the record, the newest first; `older` is where the next page begins, None at the beginning."""
+
+    lines: tuple[dict[str, Any], ...]
+    older: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What lines must be like: their kind, their agent, and a text that stands in them somewhere."""
+
+    kind: str = ""
+    agent: str = ""
+    text: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.kind or self.agent or self.text)
+
+    def line(self, raw: bytes) -> dict[str, Any] | None:
+        """Return the line, if it is one and is wanted."""
+        # Most lines are passed over by this, and never parsed.
+        if self.kind.encode() not in raw or self.agent.encode() not in raw:
+            return None
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            return None
+        if not isinstance(line, dict) or "seq" not in line:
+            return None
+        alike = self.kind in ("", line.get("kind")) and self.agent in ("", line.get("agent"))
+        if alike and self.text.lower() in json.dumps(line, ensure_ascii=False).lower():
+            return line
+        return None
+
+
+def newest(path: Path, wanted: Wanted, *, count: int, before: int | None = None) -> Found:
+    """Return up to `count` wanted lines that end at `before` (a place in the file; default: its end)."""
+    lines: list[dict[str, Any]] = []
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            end = size if before is None else max(0, min(before, size))
+            start = end
+            for start, raw in _backwards(file, end):
+                line = wanted.line(raw)
+                if line is not None:
+                    lines.append(line)
+                if len(lines) == count or end - start >= MAX_BYTES:
+                    break
+    except FileNotFoundError:
+        return Found((), None)
+    return Found(tuple(lines), start or None)
+
+
+def _backwards(file: Any, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the whole lines before `end` with their places, the last first."""
+    rest = b""
+    while end > 0:
+        begin = max(0, end - BLOCK_BYTES)
+        file.seek(begin)
+        block = file.read(end - begin) + rest
+        first, *lines = block.split(b"\n")
+        place = begin + len(block)
+        for raw in reversed(lines):
+            place -= len(raw)
+            if raw:
+                yield place, raw
+            place -= 1
+        rest, end = first, begin
+    if rest:
+        yield 0, rest

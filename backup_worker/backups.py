@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from backup_worker.config import Tier
@@ -10,9 +9,6 @@ from backup_worker.runtime import Runtime
 from backup_worker.schedule import slot_name
 from backup_worker.snapshots import Manifest, plan_prune, prune, take_snapshot
 from backup_worker.snapshots.take import Attest
-
-TOLD_AT_ONCE = 20
-"""How many agents one message names."""
 
 
 def scheduled(runtime: Runtime, agent: str, tier_name: str, slot: str, *, now: float) -> Manifest:
@@ -96,29 +92,6 @@ def _record(runtime: Runtime, snapshot: Manifest) -> None:
         runtime.alert(key, "warning", title, body, agent=snapshot.agent)
     else:
         runtime.resolve(key)
-
-
-def tell_of_made_by_hand(
-    runtime: Runtime, tier: str, made: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]
-) -> None:
-    """Tell people, in one message, what went wrong in a round of backups that a command made.
-
-    Each of `made` has `id`, `agent`, `status`, `problems` and `warnings`, each of `failed` has `agent` and `error`.
-    """
-    lines = [f"{one['agent']}: failed: {one['error']}" for one in failed]
-    unsound = [one for one in made if one["status"] != "good"]
-    for one in unsound:
-        why = "; ".join(f"{problem['path']}: {problem['problem']}" for problem in one["problems"][:10])
-        lines.append(f"{one['agent']}: {one['id']} is {one['status']}: {why}")
-    lines += [f"{one['agent']}: {one['id']}: {warning}" for one in made for warning in one["warnings"]]
-    if not lines:
-        return
-    wrong = len(failed) + len(unsound)
-    title = f"{wrong} of {len(made) + len(failed)} {tier} backups failed or are not good"
-    if not wrong:
-        title = f"{tier} backups came upon damage"
-    shown = lines[:TOLD_AT_ONCE] + [f"and {len(lines) - TOLD_AT_ONCE} more"] * (len(lines) > TOLD_AT_ONCE)
-    runtime.alert(f"backup/{tier}", "critical" if wrong else "warning", title, "\n".join(shown))
 
 
 def keep_within(runtime: Runtime, agent: str | None, tier: str | None, now: float) -> list[str]:

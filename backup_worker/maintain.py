@@ -36,11 +36,11 @@ def run(runtime: Runtime, task: str, *, now: float, host: str | None = None) -> 
 
 
 def deliver(runtime: Runtime, now: float) -> dict[str, Any]:
-    """Send the alerts that are due."""
-    schedule_ = runtime.config.schedule
-    repeat_s = schedule_.limits.alert_repeat_minutes * 60
-    urls = [one.url for one in schedule_.alerts]
-    sent = alerts.deliver_due(runtime.redis, urls, runtime.history, now, repeat_s=repeat_s)
+    """Send the alerts that are due, and note which silences are over."""
+    for silence in alerts.silences.take_ended(runtime.redis, now):
+        runtime.record("silence-ended", **silence.as_json() | {"by": "its time was over"})
+    receivers = runtime.config.schedule.alerts
+    sent = alerts.deliver_due(runtime.redis, receivers, runtime.history, now, policy=runtime.policy)
     return {"sent": sent}
 
 

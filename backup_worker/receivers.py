@@ -10,11 +10,11 @@ import difflib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from backup_worker.config.paging import Severity
 
 SEND_TIMEOUT_S = 20.0
-
-Severity = Literal["info", "warning", "critical"]
 
 
 @dataclass(frozen=True, slots=True)

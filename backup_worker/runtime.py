@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from backup_worker import alerts
 from backup_worker.config import Config
-from backup_worker.due import MaintenanceDue
 from backup_worker.history import History
 from backup_worker.snapshots import Repository
-from em_bridge import clock, streams
+from em_bridge import clock
 from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
@@ -90,26 +90,53 @@ class Runtime:
             # Only now: a crash in between writes the line twice, which is better than not at all.
             client.lrem(UNWRITTEN, 1, line if isinstance(line, str) else line.decode())
 
+    @property
+    def policy(self) -> alerts.Policy:
+        """How people are told."""
+        schedule = self.config.schedule
+        repeat_s = schedule.limits.alert_repeat_minutes * 60
+        return alerts.Policy(
+            schedule.paging.group_seconds, repeat_s, schedule.timezone, schedule.paging.runbook
+        )
+
+    @property
+    def direct(self) -> alerts.Direct:
+        """The way to tell people without Redis."""
+        schedule = self.config.schedule
+        return alerts.Direct(schedule.alerts, self.history, schedule.state, self.policy)
+
     def alert(
         self, key: str, severity: alerts.Severity, title: str, body: str, *, agent: str | None = None
     ) -> None:
         """Open the alert `key`, unless it is open; a human is told by the next delivery, without Redis at once."""
-        alert = alerts.Alert(key=key, severity=severity, title=title, body=body, agent=agent)
-        if not alerts.raise_alert(self.client, alert, now=clock.now()):
-            return
+        self.alert_all([alerts.Alert(key=key, severity=severity, title=title, body=body, agent=agent)])
+
+    def alert_all(self, found: Sequence[alerts.Alert]) -> None:
+        """Open several alerts that belong together, as `alert` does; without Redis they are one message."""
+        now = clock.now()
         if self.client is None:
             # First of all: that the record cannot be written may be a part of the same trouble.
-            alerts.tell([one.url for one in self.config.schedule.alerts], alert, self.history, clock.now())
-        self.record("alert", key=key, severity=severity, title=title, body=body, agent=agent)
-        self._ask_for_delivery()
+            news = self.direct.tell(found, now)
+        else:
+            client = self.client
+            news = [one for one in found if alerts.raise_alert(client, one, now=now)]
+            self._ask_for_delivery(now, any_news=bool(news))
+        for one in news:
+            self.record("alert", **asdict(one))
 
-    def resolve(self, key: str) -> None:
-        """Close the alert `key`, if it is open."""
-        if alerts.resolve(self.client, key, now=clock.now()):
+    def resolve(self, *keys: str) -> None:
+        """Close those of the alerts `keys` that are open."""
+        now = clock.now()
+        if self.client is None:
+            over = self.direct.end(keys, now)
+        else:
+            client = self.client
+            over = [key for key in keys if alerts.resolve(client, key, now=now)]
+            self._ask_for_delivery(now, any_news=bool(over))
+        for key in over:
             self.record("alert-resolved", key=key)
-            self._ask_for_delivery()
 
-    def _ask_for_delivery(self) -> None:
-        """Have the alerts sent now, by a job of its own: sending must not hold up what raised them."""
-        if self.client is not None:
-            streams.append(self.client, MaintenanceDue("deliver"))
+    def _ask_for_delivery(self, now: float, *, any_news: bool) -> None:
+        """Have the alerts sent when what belongs to them had time to come, by a job: sending must hold up nothing."""
+        if any_news and self.client is not None:
+            alerts.wake_at(self.client, now + self.policy.group_s)

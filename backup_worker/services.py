@@ -174,6 +174,9 @@ def _pace(stop: threading.Event, client: Any, watch: ConfigWatch) -> None:
             # Again now and then: a server that lost its data needs it anew.
             fleet_due = now + 30.0
         retries.wake(client, clock.now())
+        if alerts.take_due(client, clock.now()):
+            # A crash right here loses no message: the scheduler asks for a delivery now and then.
+            streams.append(client, MaintenanceDue("deliver"))
         return min(IDLE_TICK_S, pacemaker.tick(watch.current, streams.server_time(client)))
 
     every(stop, "dispatcher", client, step)

@@ -1,22 +1,29 @@
-"""Tell a human, once for a change of state, and again until somebody acknowledges it or it is resolved."""
+"""Tell a human, once for a change of state, and again until somebody acknowledges it or it is resolved.
 
-from backup_worker.alerts.delivery import (
-    CLAIM_S,
-    INFO_S,
+`book` keeps the open alerts, `planner` says purely who is to be told what now, `delivery` does it, `direct` tells
+people without Redis; `kinds` is the table of what an alert can be, `silences` hold some back for a while.
+"""
+
+from backup_worker.alerts import kinds, silences
+from backup_worker.alerts.book import (
     Alert,
     OpenAlert,
-    Send,
     acknowledge,
-    deliver_due,
     open_alerts,
-    pending_deliveries,
     raise_alert,
     resolve,
-    tell,
+    take_due,
+    wake_at,
 )
-from backup_worker.receivers import Sent, Severity, receiver_of
+from backup_worker.alerts.delivery import CLAIM_S, Send, deliver_due, receiver_states
+from backup_worker.alerts.direct import Direct
+from backup_worker.alerts.planner import INFO_S, Policy, ReceiverState, id_of
+from backup_worker.alerts.silences import Silence
+from backup_worker.config import Severity
+from backup_worker.receivers import Sent, receiver_of
 
 __all__ = [
-    "Alert", "CLAIM_S", "INFO_S", "OpenAlert", "Send", "Sent", "Severity",
-    "acknowledge", "deliver_due", "open_alerts", "pending_deliveries", "raise_alert", "receiver_of", "resolve", "tell",
+    "Alert", "CLAIM_S", "Direct", "INFO_S", "OpenAlert", "Policy", "ReceiverState", "Send", "Sent", "Severity",
+    "Silence", "acknowledge", "deliver_due", "id_of", "kinds", "open_alerts", "raise_alert", "receiver_of",
+    "receiver_states", "resolve", "silences", "take_due", "wake_at",
 ]  # fmt: skip

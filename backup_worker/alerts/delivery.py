@@ -1,346 +1,217 @@
-"""Tell a human, once for a change of state, and again until somebody acknowledges it or it is resolved.
+"""Send what the planner says is due, and write down truly what came of it.
 
-Raising an alert only writes it down in Redis, so it never blocks a backup; a maintenance job delivers what is due. An
-alert counts as told to a receiver only if apprise says SUCCESS for it: every receiver is asked by itself, so that one
-that is down is tried again, with growing pauses, without repeating the message to the others. A failed delivery, and
-the lack of any receiver, are in the log and in the record. Passwords in the receivers' URLs are never shown.
+An alert counts as told to a receiver only if apprise says SUCCESS for it: every receiver is asked by itself and at the
+same time as the others, so that one that is down or hangs is tried again without holding up or repeating anything for
+the rest. A failed delivery, and the lack of any receiver, are in the log and in the record. Passwords in the
+receivers' URLs are never shown.
 
 A crash between sending and writing that down repeats the message: at least once, never lost.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgpack
 
+from backup_worker.alerts import book, planner, silences
+from backup_worker.alerts.book import OpenAlert
+from backup_worker.alerts.planner import DEFAULT_POLICY, Delivery, Plan, Policy, ReceiverState, id_of
+from backup_worker.alerts.wording import compose
+from backup_worker.config import Receiver, Severity
 from backup_worker.history import History
-from backup_worker.receivers import Sent, Severity, receiver_of, scheme_of, send_with_apprise
-from em_bridge.errors import AgentBackupError, NotFound
+from backup_worker.receivers import Sent, scheme_of, send_with_apprise
+from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
     from redis import Redis
 
-__all__ = [
-    "Alert", "OpenAlert", "Send", "Sent", "Severity",
-    "acknowledge", "deliver_due", "open_alerts", "pending_deliveries", "raise_alert", "receiver_of", "resolve", "tell",
-]  # fmt: skip
-
 log = logging.getLogger(__name__)
 
-OPEN = "backup:alerts"
-"""Redis hash of the open alerts: key -> msgpack map."""
+RECEIVERS: Final = "backup:alerts:receivers"
+"""Redis hash of what is known of each receiver: id -> msgpack map."""
 
-REPEAT_S = 3600.0
-INFO_S = 7 * 86400.0
-"""How long a notice is remembered after it was told, so that raising it again is no news. It is not repeated."""
+CLAIM_S: Final = 120.0
+"""How long sending to one receiver may take before another process takes it over."""
 
-FIRST_PAUSE_S = 30.0
-CLAIM_S = 300.0
-"""How long a delivery may take before another process takes it over."""
-
-NOBODY = "no receiver is configured"
-
-Answer = TypeVar("Answer")
-_RANK = {"info": 0, "warning": 1, "critical": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Alert:
-    """What a human should know. `key` names the state it is about: the same key is the same alert."""
-
-    key: str
-    severity: Severity
-    title: str
-    body: str
-    agent: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OpenAlert:
-    """An alert with its life so far; times are Unix seconds.
-
-    `count` is how often it was raised, `rounds` how often everybody was told, `told` which receivers
-    (by a digest of their URL) know of the present round, `next_at` when the next round or try is due, `failures` how
-    many tries in a row failed.
-    """
-
-    key: str
-    severity: Severity
-    title: str
-    body: str
-    agent: str | None
-    opened_at: float
-    last_at: float
-    count: int = 1
-    next_at: float = 0.0
-    rounds: int = 0
-    told: list[str] = field(default_factory=list)
-    told_at: float | None = None
-    failures: int = 0
-    last_failure: str | None = None
-    acknowledged_at: float | None = None
-    acknowledged_by: str | None = None
-    resolved_at: float | None = None
-
+AT_ONCE: Final = 8
+"""How many receivers are asked at the same time."""
 
 Send = Callable[[str, str, str, Severity], Sent]
 """Sends (url, title, body, severity); raises nothing."""
 
 
-def raise_alert(client: Redis | None, alert: Alert, *, now: float) -> bool:
-    """Open `alert`, or note that it was raised again; return whether that is news.
-
-    News is a new alert, one that had been resolved, and one that became more severe (which also takes back an
-    acknowledgement). Without Redis every alert is news: there is nothing to remember it by, and the caller tells
-    people with `tell`.
-    """
-    if client is None:
-        return True
-
-    def change(known: OpenAlert | None) -> tuple[OpenAlert | None, bool]:
-        if known is None or known.resolved_at is not None:
-            return OpenAlert(**asdict(alert), opened_at=now, last_at=now, next_at=now), True
-        worse = _RANK[alert.severity] > _RANK[known.severity]
-        again = replace(known, **asdict(alert), last_at=now, count=known.count + 1)
-        if worse:
-            again = replace(
-                again, next_at=now, told=[], failures=0, acknowledged_at=None, acknowledged_by=None
-            )
-        return again, worse
-
-    return _change(client, alert.key, change)
-
-
-def resolve(client: Redis | None, key: str, *, now: float) -> bool:
-    """Close the alert `key`; return whether it was open. People are told once, unless it was a mere notice."""
-    if client is None:
-        return False
-
-    def change(known: OpenAlert | None) -> tuple[OpenAlert | None, bool]:
-        if known is None or known.resolved_at is not None:
-            return known, False
-        if known.severity == "info" and known.rounds:
-            return None, True
-        return replace(known, resolved_at=now, next_at=now, told=[], failures=0), True
-
-    return _change(client, key, change)
-
-
-def acknowledge(client: Redis, key: str, by: str, now: float) -> OpenAlert:
-    """Note that `by` has seen the alert, which is not repeated any more. `NotFound` if it is not open."""
-
-    def change(known: OpenAlert | None) -> tuple[OpenAlert | None, OpenAlert]:
-        if known is None or known.resolved_at is not None:
-            raise NotFound(
-                f"there is no open alert “{key}”", hint="`backup-worker alerts` shows the open ones"
-            )
-        seen = replace(known, acknowledged_at=now, acknowledged_by=by)
-        return seen, seen
-
-    return _change(client, key, change)
-
-
-def open_alerts(client: Redis) -> list[OpenAlert]:
-    """Return what is open (not what is resolved and only waits to be told), worst and oldest first."""
-    found = (one for one in _all(client) if one.resolved_at is None)
-    return sorted(found, key=lambda one: (-_RANK[one.severity], one.opened_at, one.key))
-
-
-def pending_deliveries(client: Redis, now: float) -> list[OpenAlert]:
-    """Return what `deliver_due` would deliver now, oldest first."""
-    return sorted(
-        (one for one in _all(client) if _is_due(one, now)), key=lambda one: (one.opened_at, one.key)
-    )
-
-
 def deliver_due(
     client: Redis,
-    urls: Sequence[str],
+    receivers: Sequence[Receiver],
     history: History,
     now: float,
     *,
-    repeat_s: float = REPEAT_S,
+    policy: Policy = DEFAULT_POLICY,
     send: Send | None = None,
 ) -> int:
     """Send every message that is due at `now` to every receiver that has not got it; return how many arrived.
 
-    Any number of processes may call this at once: each message is claimed by one of them. Every attempt is a line in
+    Any number of processes may call this at once: each receiver is served by one of them. Every attempt is a line in
     the history; that the history cannot be written stops no delivery.
     """
-    send = send or send_with_apprise
     arrived = 0
-    for one in pending_deliveries(client, now):
-        claimed = _change(client, one.key, lambda known: _claim(known, now))
-        if claimed is None:
-            continue
-        if _is_over(claimed):
-            _change(client, one.key, lambda known: (None if known and _is_over(known) else known, None))
-            continue
-        results = [(url, _try(send, url, claimed)) for url in urls if _digest(url) not in claimed.told]
-        arrived += sum(result.told for _, result in results)
-        outcome = _outcome(claimed, urls, results, now, repeat_s)
-        _record(history, claimed, results, outcome, now)
-        _change(client, one.key, partial(_settle, sent=claimed, outcome=outcome))
-    return arrived
+    while True:
+        plan = _claim(client, receivers, now, policy)
+        for alert, why in plan.unheard:
+            record(history, [alert], alert.title, [], [why], now)
+        if not plan.deliveries:
+            if plan.next_at is not None:
+                book.wake_at(client, plan.next_at)
+            return arrived
+        for delivery, title, sent, is_last in send_all(plan.deliveries, policy, send or send_with_apprise):
+            arrived += sent.told
+            failed = [] if sent.told else [f"{sent.receiver}: {sent.detail}"]
+            told = [sent.receiver] if sent.told else []
+            record(history, delivery.alerts, title, told, failed, now)
+            _settle(client, delivery, sent, now, is_last=is_last)
 
 
-def tell(
-    urls: Sequence[str], alert: Alert, history: History, now: float, *, send: Send | None = None
-) -> bool:
-    """Tell people at once, without Redis: for a command that runs by itself. Return whether anybody was told."""
-    message = OpenAlert(**asdict(alert), opened_at=now, last_at=now, next_at=now)
-    results = [(url, _try(send or send_with_apprise, url, message)) for url in urls]
-    _record(history, message, results, message, now)
-    return any(result.told for _, result in results)
+def receiver_states(client: Any) -> dict[str, ReceiverState]:
+    """Return what is known of each receiver, by its id."""
+    rows: dict[bytes, bytes] = client.hgetall(RECEIVERS)
+    return {identifier.decode(): _load(value) for identifier, value in rows.items()}
 
 
-def _is_due(one: OpenAlert, now: float) -> bool:
-    if one.next_at > now:
-        return False
-    # An acknowledged alert is quiet until its end.
-    return one.resolved_at is not None or one.acknowledged_at is None
-
-
-def _is_over(one: OpenAlert) -> bool:
-    """Tell whether a notice was told and may be forgotten."""
-    return one.severity == "info" and one.rounds > 0
-
-
-def _claim(known: OpenAlert | None, now: float) -> tuple[OpenAlert | None, OpenAlert | None]:
-    if known is None or not _is_due(known, now):
-        return known, None
-    claimed = replace(known, next_at=now + CLAIM_S)
-    return claimed, claimed
-
-
-def _try(send: Send, url: str, one: OpenAlert) -> Sent:
-    title, severity = f"[{one.severity}] {one.title}", one.severity
-    if one.resolved_at is not None:
-        title, severity = f"[resolved] {one.title}", "info"
+def send_one(send: Send, url: str, title: str, body: str, severity: Severity) -> Sent:
+    """Send one message; a receiver's plugin that fails in whatever way has told nobody, and stops no other."""
     try:
-        return send(url, title, one.body, severity)
-    except Exception as error:  # noqa: BLE001 - a receiver's plugin may fail in any way, and must stop no other
+        return send(url, title, body, severity)
+    except Exception as error:  # noqa: BLE001 - see above
         return Sent(False, scheme_of(url), type(error).__name__)
 
 
-def _outcome(
-    one: OpenAlert, urls: Sequence[str], results: Sequence[tuple[str, Sent]], now: float, repeat_s: float
-) -> OpenAlert | None:
-    """Return the alert after a round of deliveries; None if it has come to its end."""
-    told = [*one.told, *(_digest(url) for url, result in results if result.told)]
-    failed = [result for _, result in results if not result.told]
-    told_at = now if any(result.told for _, result in results) else one.told_at
-    if failed:
-        pause = min(FIRST_PAUSE_S * 2.0 ** min(one.failures, 16), repeat_s)
-        reason = "; ".join(f"{result.receiver}: {result.detail}" for result in failed)
-        return replace(
-            one,
-            told=told,
-            told_at=told_at,
-            failures=one.failures + 1,
-            last_failure=reason,
-            next_at=now + pause,
-        )
-    if one.resolved_at is not None:
-        return None
-    return replace(
-        one,
-        rounds=one.rounds + 1,
-        told=[],
-        told_at=told_at,
-        failures=0,
-        last_failure=None if urls else NOBODY,
-        next_at=now + (INFO_S if one.severity == "info" else repeat_s),
-    )
-
-
-def _settle(
-    known: OpenAlert | None, sent: OpenAlert, outcome: OpenAlert | None
-) -> tuple[OpenAlert | None, None]:
-    """Write a round's outcome into what may have changed meanwhile: raised again, acknowledged, resolved."""
-    if known is None or known.next_at != sent.next_at:
-        # Somebody made a new round of it (resolved, raised again, worse): that round is still to come.
-        return known, None
-    if outcome is None:
-        return None, None
-    return (
-        replace(
-            known,
-            rounds=outcome.rounds,
-            told=outcome.told,
-            told_at=outcome.told_at,
-            failures=outcome.failures,
-            last_failure=outcome.last_failure,
-            next_at=outcome.next_at,
-        ),
-        None,
-    )
-
-
-def _record(
+def record(
     history: History,
-    one: OpenAlert,
-    results: Sequence[tuple[str, Sent]],
-    outcome: OpenAlert | None,
+    alerts: Sequence[OpenAlert],
+    title: str,
+    told: Sequence[str],
+    failed: Sequence[str],
     now: float,
 ) -> None:
-    state = "resolved" if one.resolved_at is not None else "open"
-    told = [result.receiver for _, result in results if result.told]
-    failed = [f"{result.receiver}: {result.detail}" for _, result in results if not result.told]
-    if not results and not one.told:
-        failed = [NOBODY]
+    """Put an attempt to tell of `alerts` into the log and on the record; that it cannot be written stops nothing."""
+    keys = [one.key for one in alerts]
     if failed:
-        log.error("alert “%s” (%s) did not arrive: %s", one.title, one.key, "; ".join(failed))
+        log.error("“%s” (%s) did not arrive: %s", title, ", ".join(keys[:10]), "; ".join(failed))
+    agents = {one.agent for one in alerts}
     try:
         history.append(
             "alert-delivery",
             now=now,
-            key=one.key,
-            state=state,
-            agent=one.agent,
-            title=one.title,
+            keys=keys,
+            state="resolved" if alerts[0].is_resolved else "open",
+            agent=agents.pop() if len(agents) == 1 else None,
+            title=title,
             told=told,
             failed=failed,
         )
     except AgentBackupError as error:
-        log.error("the delivery of alert %s is not on the record: %s", one.key, error)
+        log.error("the delivery of “%s” is not on the record: %s", title, error)
 
 
-def _digest(url: str) -> str:
-    return hashlib.sha256(url.encode()).hexdigest()[:16]
+def _claim(client: Redis, receivers: Sequence[Receiver], now: float, policy: Policy) -> Plan:
+    """Plan, write down what becomes of alerts without a message, and claim the receivers of the messages."""
 
-
-def _all(client: Redis) -> Iterator[OpenAlert]:
-    for value in cast(dict[bytes, bytes], client.hgetall(OPEN)).values():
-        yield _load(value)
-
-
-def _load(value: bytes) -> OpenAlert:
-    fields = msgpack.unpackb(value)
-    # A newer version may have written more than this one knows.
-    return OpenAlert(**{key: fields[key] for key in OpenAlert.__dataclass_fields__ if key in fields})
-
-
-def _change(
-    client: Redis, key: str, change: Callable[[OpenAlert | None], tuple[OpenAlert | None, Answer]]
-) -> Answer:
-    """Replace an alert by what `change` makes of it (None removes it), undisturbed by others; return its answer."""
-
-    def attempt(pipe: Any) -> Answer:
-        value = pipe.hget(OPEN, key)
-        known = _load(value) if value is not None else None
-        new, answer = change(known)
+    def attempt(pipe: Any) -> Plan:
+        states = receiver_states(pipe)
+        plan = planner.plan_delivery(
+            list(book.all_alerts(pipe)), silences.active(pipe, now), receivers, states, now, policy
+        )
         pipe.multi()
-        if new is None:
-            pipe.hdel(OPEN, key)
-        elif new != known:
-            pipe.hset(OPEN, key, msgpack.packb(asdict(new)))
-        return answer
+        reasons = {alert.key: why for alert, why in plan.unheard}
+        for before, after in plan.changes:
+            if after is not None:
+                after = replace(after, last_failure=reasons.get(after.key))
+            book.store(pipe, before, after)
+        for delivery in plan.deliveries:
+            identifier = id_of(delivery.receiver)
+            busy = replace(states.get(identifier, ReceiverState()), busy_until=now + CLAIM_S)
+            pipe.hset(RECEIVERS, identifier, _packed(busy))
+        known = {id_of(one) for one in receivers}
+        if gone := [identifier for identifier in states if identifier not in known]:
+            pipe.hdel(RECEIVERS, *gone)
+        return plan
 
-    return cast(Answer, cast(Any, client).transaction(attempt, OPEN, value_from_callable=True))
+    watched = (book.OPEN, RECEIVERS, silences.SILENCES)
+    return cast(Plan, cast(Any, client).transaction(attempt, *watched, value_from_callable=True))
+
+
+def send_all(
+    deliveries: Sequence[Delivery], policy: Policy, send: Send
+) -> Iterator[tuple[Delivery, str, Sent, bool]]:
+    """Yield each delivery with its title, what came of it, and whether it was its receiver's last; as they end."""
+    by_receiver: dict[str, list[Delivery]] = {}
+    for delivery in deliveries:
+        by_receiver.setdefault(id_of(delivery.receiver), []).append(delivery)
+
+    def work(some: Sequence[Delivery]) -> list[tuple[Delivery, str, Sent]]:
+        done = []
+        for delivery in some:
+            title, body = compose(delivery, policy)
+            severity: Severity = "info" if delivery.is_end else delivery.alerts[0].severity
+            sent = send_one(send, delivery.receiver.url, title, body, severity)
+            done.append((delivery, title, sent))
+            if not sent.told:
+                # It is down: the rest would only wait as long again. It is due with the next try.
+                break
+        return done
+
+    if not by_receiver:
+        return
+    with ThreadPoolExecutor(min(AT_ONCE, len(by_receiver)), "deliver") as pool:
+        for future in as_completed([pool.submit(work, some) for some in by_receiver.values()]):
+            done = future.result()
+            for delivery, title, sent in done:
+                yield delivery, title, sent, delivery is done[-1][0]
+
+
+def _settle(client: Redis, delivery: Delivery, sent: Sent, now: float, *, is_last: bool) -> None:
+    """Write what came of a message into what may have changed meanwhile: raised again, acknowledged, resolved."""
+    identifier = id_of(delivery.receiver)
+    sent_turns = {one.key: (one.opened_at, one.turn) for one in delivery.alerts}
+
+    def heard(one: OpenAlert) -> OpenAlert:
+        if not sent.told:
+            return replace(one, last_failure=f"{sent.receiver}: {sent.detail}")
+        notified = list(dict.fromkeys([*one.notified, identifier]))
+        one = replace(
+            one, notified=notified, told_at=now, first_told_at=one.first_told_at or now, last_failure=None
+        )
+        if sent_turns[one.key] == (one.opened_at, one.turn):
+            # Else there is something new to tell since, which is still to come.
+            one = replace(one, told=[*one.told, identifier])
+        return one
+
+    def attempt(pipe: Any) -> None:
+        known = [one for one in book.all_alerts(pipe) if one.key in sent_turns]
+        state = receiver_states(pipe).get(identifier, ReceiverState())
+        pipe.multi()
+        for one in known:
+            book.store(pipe, one, heard(one))
+        if sent.told:
+            busy_until = 0.0 if is_last else state.busy_until
+            state = planner.after_success(state, delivery, sent.receiver, now)
+            state = replace(state, busy_until=busy_until)
+        else:
+            state = planner.after_failure(state, sent.receiver, sent.detail, now)
+        pipe.hset(RECEIVERS, identifier, _packed(state))
+
+    cast(Any, client).transaction(attempt, book.OPEN, RECEIVERS)
+
+
+def _packed(state: ReceiverState) -> bytes:
+    return cast(bytes, msgpack.packb(asdict(state)))
+
+
+def _load(value: bytes) -> ReceiverState:
+    fields = msgpack.unpackb(value)
+    return ReceiverState(**{key: fields[key] for key in ReceiverState.__dataclass_fields__ if key in fields})

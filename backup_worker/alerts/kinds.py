@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from backup_worker.receivers import Severity
+from backup_worker.config import Severity
 
 RUNBOOK: Final = "docs/runbook.md"
 

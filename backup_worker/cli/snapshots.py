@@ -81,23 +81,21 @@ def backup(
         made, failed = back_up(repo, history, files, options, quiet=as_json)
     except AgentBackupError as error:
         # Such as a record that cannot be written, because the disk is full.
-        _tell_people(settings, tier, [], [{"agent": ", ".join(names), "error": error.message}])
+        _tell_people(settings, tier, [], [{"agent": name, "error": error.message} for name in names])
         raise
     emit({"snapshots": made, "failed": failed}, as_json=as_json, render=_print_backup)
     for failure in failed:
         fail(failure["error"], hint=failure["hint"])
-    if failed or any(row["status"] != "good" or row["warnings"] for row in made):
-        _tell_people(settings, tier, made, failed)
+    _tell_people(settings, tier, made, failed)
     if failed or any(row["status"] != "good" for row in made):
         raise typer.Exit(1)
 
 
 def _tell_people(config: Config, tier: str, made: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
-    """Tell of what went wrong: who typed the command may be a timer, and read nothing."""
-    from backup_worker.backups import tell_of_made_by_hand
+    from backup_worker import by_hand
     from backup_worker.runtime import Runtime
 
-    tell_of_made_by_hand(Runtime(config), tier, made, failed)
+    by_hand.tell(Runtime(config), tier, made, failed)
 
 
 def _slot(config: Config, tier: str, now: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from backup_worker import starter
 from backup_worker.alerts import Alert, acknowledge, deliver_due, open_alerts, raise_alert
+from backup_worker.config import Receiver
 from backup_worker.doctor import Check, examine
 from backup_worker.history import History
 from backup_worker.receivers import Sent
@@ -44,7 +45,7 @@ def deliver(url: str, path: Path) -> None:
     def send(url: str, title: str, body: str, severity: str) -> Sent:
         return Sent(True, url, "SUCCESS")
 
-    deliver_due(connect(url), ["a://"], History(path), 100.0, send=send)
+    deliver_due(connect(url), [Receiver(url="a://")], History(path), 100.0, send=send)
 
 
 def test_alerts_raised_by_many_processes_at_once_are_all_counted_and_told_once(
@@ -64,9 +65,8 @@ def test_alerts_raised_by_many_processes_at_once_are_all_counted_and_told_once(
         one.start()
     for one in deliverers:
         one.join(60)
-    assert sorted(str(line["key"]) for line in History(history).read()) == [
-        f"key-{number}" for number in range(5)
-    ]
+    (line,) = History(history).read()
+    assert sorted(line["keys"]) == [f"key-{number}" for number in range(5)]
 
 
 def test_open_alerts_survive_a_killed_server(valkey: ValkeyServer) -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,13 +12,21 @@ import pytest
 from redis import Redis
 
 from backup_worker import alerts, receivers
-from backup_worker.alerts import Alert, acknowledge, deliver_due, open_alerts, raise_alert, resolve
+from backup_worker.alerts import Alert, Policy, acknowledge, deliver_due, open_alerts, raise_alert, resolve
+from backup_worker.config import Receiver
 from backup_worker.history import History
 from backup_worker.receivers import Sent
 from em_bridge.errors import NotFound
+from tests.receivers import Phone
 
 MINUTE = 60.0
+HOUR = 3600.0
 DEAD = Alert("missing/daily/z", "critical", "no backup of z", "slot 2026-11-23 is missing", agent="z")
+AT_ONCE = Policy(group_s=0)
+
+
+def to(*urls: str) -> list[Receiver]:
+    return [Receiver(url=url) for url in urls]
 
 
 @pytest.fixture
@@ -36,25 +39,6 @@ def history(tmp_path: Path) -> History:
     return History(tmp_path / "history.jsonl")
 
 
-@dataclass
-class Phone:
-    """Receivers that write down what arrives, and of which some are out of order."""
-
-    broken: set[str] = field(default_factory=set)
-    got: list[tuple[str, str]] = field(default_factory=list)
-
-    def __call__(self, url: str, title: str, body: str, severity: str) -> Sent:
-        if url in self.broken:
-            return Sent(False, url, "FAILURE")
-        self.got.append((url, title))
-        return Sent(True, url, "SUCCESS")
-
-    def titles(self) -> list[str]:
-        titles = [title for _, title in self.got]
-        self.got.clear()
-        return titles
-
-
 @pytest.fixture
 def phone() -> Phone:
     return Phone()
@@ -62,8 +46,8 @@ def phone() -> Phone:
 
 @pytest.fixture
 def deliver(client: Redis, history: History, phone: Phone) -> Any:
-    def run(now: float, urls: tuple[str, ...] = ("a://",)) -> list[str]:
-        deliver_due(client, urls, history, now, send=phone)
+    def run(now: float, *urls: str) -> list[str]:
+        deliver_due(client, to(*urls or ("a://",)), history, now, policy=AT_ONCE, send=phone)
         return phone.titles()
 
     return run
@@ -76,7 +60,7 @@ def test_an_alert_is_news_once(client: Redis) -> None:
     assert (one.count, one.opened_at, one.last_at) == (2, 0, 1)
 
 
-def test_an_alert_is_told_at_once_and_again_every_hour_until_resolved(client: Redis, deliver: Any) -> None:
+def test_an_alert_is_told_at_once_and_again_after_an_hour_until_resolved(client: Redis, deliver: Any) -> None:
     raise_alert(client, DEAD, now=0)
     assert deliver(0) == ["[critical] no backup of z"]
     assert deliver(59 * MINUTE) == []
@@ -89,13 +73,16 @@ def test_an_alert_is_told_at_once_and_again_every_hour_until_resolved(client: Re
     assert open_alerts(client) == []
 
 
-def test_the_pause_between_repetitions_is_the_configured_one(
+def test_the_pauses_between_repetitions_double_from_the_configured_one_up_to_a_day(
     client: Redis, history: History, phone: Phone
 ) -> None:
     raise_alert(client, DEAD, now=0)
-    for now in (0, 4 * MINUTE, 5 * MINUTE):
-        deliver_due(client, ["a://"], history, now, repeat_s=5 * MINUTE, send=phone)
-    assert len(phone.got) == 2
+    policy = Policy(group_s=0, repeat_s=2 * HOUR)
+    told = []
+    for hour in range(100):
+        if deliver_due(client, to("a://"), history, hour * HOUR, policy=policy, send=phone):
+            told.append(hour)
+    assert [later - earlier for earlier, later in pairwise(told)] == [2, 4, 8, 16, 24, 24]
 
 
 def test_an_acknowledged_alert_is_quiet_until_it_is_resolved(client: Redis, deliver: Any) -> None:
@@ -165,13 +152,16 @@ def test_a_failed_delivery_is_tried_again_with_growing_pauses_and_is_on_the_reco
             tried.append(now)
         now += 10
     pauses = [later - earlier for earlier, later in pairwise(tried)]
-    assert pauses[:4] == [30, 60, 120, 240]
-    assert max(pauses) == 3600
+    assert pauses[:5] == [30, 60, 120, 240, 480]
+    assert max(pauses) == 900
     assert all(line["failed"] == ["a://: FAILURE"] and line["told"] == [] for line in history.read())
     assert open_alerts(client)[0].last_failure == "a://: FAILURE"
+    (state,) = alerts.receiver_states(client).values()
+    assert (state.shown, state.failures, state.last_failure) == ("a://", len(tried), "FAILURE")
     phone.broken.clear()
     assert deliver(now + 3600) == ["[critical] no backup of z"]
-    assert open_alerts(client)[0].failures == 0
+    (state,) = alerts.receiver_states(client).values()
+    assert (state.failures, state.last_failure, open_alerts(client)[0].last_failure) == (0, None, None)
 
 
 def test_a_receiver_that_is_down_does_not_make_the_others_hear_it_twice(
@@ -180,11 +170,10 @@ def test_a_receiver_that_is_down_does_not_make_the_others_hear_it_twice(
     raise_alert(client, DEAD, now=0)
     phone.broken = {"b://"}
     both = ("a://", "b://")
-    assert len(deliver(0, both)) == 1
+    assert len(deliver(0, *both)) == 1
     phone.broken.clear()
-    deliver_due_at_30 = deliver(30, both)
-    assert len(deliver_due_at_30) == 1
-    assert len(deliver(30 + 60 * MINUTE, both)) == 2
+    assert len(deliver(30, *both)) == 1
+    assert len(deliver(30 + 60 * MINUTE, *both)) == 2
 
 
 def test_a_resolved_notice_that_fails_is_tried_again(client: Redis, deliver: Any, phone: Phone) -> None:
@@ -202,12 +191,11 @@ def test_without_a_receiver_the_log_and_the_record_say_that_nobody_was_told(
 ) -> None:
     raise_alert(client, DEAD, now=0)
     with caplog.at_level(logging.ERROR):
-        assert deliver_due(client, [], history, 0) == 0
+        assert deliver_due(client, [], history, 0, policy=AT_ONCE) == 0
     assert "no backup of z" in caplog.text
     assert next(history.read())["failed"] == ["no receiver is configured"]
     (one,) = open_alerts(client)
-    assert one.told_at is None
-    assert one.next_at == 3600
+    assert (one.told_at, one.due_at, one.last_failure) == (None, 3600, "no receiver is configured")
 
 
 def test_a_receiver_whose_plugin_raises_stops_no_other(client: Redis, history: History) -> None:
@@ -220,14 +208,15 @@ def test_a_receiver_whose_plugin_raises_stops_no_other(client: Redis, history: H
         return Sent(True, url, "SUCCESS")
 
     raise_alert(client, DEAD, now=0)
-    assert deliver_due(client, ["bad://secret", "good://"], history, 0, send=send) == 1
+    assert deliver_due(client, to("bad://secret", "good://"), history, 0, policy=AT_ONCE, send=send) == 1
     assert arrived == ["good://"]
     assert "secret" not in history.path.read_text()
 
 
 def test_a_record_that_cannot_be_written_stops_no_delivery(client: Redis, phone: Phone) -> None:
     raise_alert(client, DEAD, now=0)
-    assert deliver_due(client, ["a://"], History(Path("/dev/full")), 0, send=phone) == 1
+    full = History(Path("/dev/full"))
+    assert deliver_due(client, to("a://"), full, 0, policy=AT_ONCE, send=phone) == 1
 
 
 def test_two_deliverers_at_once_send_one_message(client: Redis, history: History) -> None:
@@ -237,10 +226,10 @@ def test_two_deliverers_at_once_send_one_message(client: Redis, history: History
     def send(url: str, title: str, body: str, severity: str) -> Sent:
         sent.append(url)
         if len(sent) == 1:
-            deliver_due(client, ["a://"], history, 1, send=send)
+            deliver_due(client, to("a://"), history, 1, policy=AT_ONCE, send=send)
         return Sent(True, url, "SUCCESS")
 
-    deliver_due(client, ["a://"], history, 0, send=send)
+    deliver_due(client, to("a://"), history, 0, policy=AT_ONCE, send=send)
     assert sent == ["a://"]
 
 
@@ -255,7 +244,7 @@ def test_a_deliverer_that_died_while_sending_is_followed_by_another(
 
     raise_alert(client, DEAD, now=0)
     with pytest.raises(Killed):
-        deliver_due(client, ["a://"], history, 0, send=die)
+        deliver_due(client, to("a://"), history, 0, policy=AT_ONCE, send=die)
     assert deliver(alerts.CLAIM_S - 1) == []
     assert deliver(alerts.CLAIM_S) == ["[critical] no backup of z"]
 
@@ -275,7 +264,7 @@ def test_what_happens_while_a_message_is_under_way_is_not_lost(
             raise_alert(client, Alert("k", "critical", "t", ""), now=1)
         return Sent(True, url, "SUCCESS")
 
-    deliver_due(client, ["a://"], history, 0, send=send)
+    deliver_due(client, to("a://"), history, 0, policy=AT_ONCE, send=send)
     expected = {"resolve": ["[resolved] t"], "acknowledge": [], "worse": ["[critical] t"]}
     assert deliver(2) == expected[what]
 
@@ -289,68 +278,6 @@ def test_the_worst_comes_first(client: Redis) -> None:
     ):
         raise_alert(client, Alert(key, severity, key, ""), now=now)  # type: ignore[arg-type]  # a literal, seen as text
     assert [one.key for one in open_alerts(client)] == ["d", "b", "c", "a"]
-
-
-def test_without_redis_everything_is_news_and_can_be_told_at_once(history: History, phone: Phone) -> None:
-    assert raise_alert(None, DEAD, now=0)
-    assert not resolve(None, DEAD.key, now=0)
-    assert alerts.tell(["a://"], DEAD, history, 0, send=phone)
-    assert phone.titles() == ["[critical] no backup of z"]
-    assert not alerts.tell([], DEAD, history, 0, send=phone)
-
-
-class Receiver(BaseHTTPRequestHandler):
-    """A web hook as people run them."""
-
-    got: list[dict[str, Any]]
-    status = 200
-
-    def do_POST(self) -> None:
-        length = int(self.headers["Content-Length"])
-        type(self).got.append(json.loads(self.rfile.read(length)))
-        self.send_response(type(self).status)
-        self.end_headers()
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def web_hook() -> Iterator[tuple[str, type[Receiver]]]:
-    handler = type("Hook", (Receiver,), {"got": []})
-    server = HTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"json://me:hunter2@127.0.0.1:{server.server_port}/alerts", handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_a_web_hook_gets_the_real_message(
-    client: Redis, history: History, web_hook: tuple[str, type[Receiver]]
-) -> None:
-    url, hook = web_hook
-    raise_alert(client, DEAD, now=0)
-    assert deliver_due(client, [url], history, 0) == 1
-    (message,) = hook.got
-    assert message["title"] == "[critical] no backup of z"
-    assert message["message"] == "slot 2026-11-23 is missing"
-    assert message["type"] == "failure"
-    record = history.path.read_text()
-    assert "127.0.0.1" in record
-    assert "hunter2" not in record
-
-
-def test_a_web_hook_that_answers_with_an_error_was_not_told(
-    client: Redis, history: History, web_hook: tuple[str, type[Receiver]]
-) -> None:
-    url, hook = web_hook
-    hook.status = 500
-    raise_alert(client, DEAD, now=0)
-    assert deliver_due(client, [url], history, 0) == 0
-    assert open_alerts(client)[0].failures == 1
-    assert "hunter2" not in history.path.read_text() + str(open_alerts(client))
 
 
 @pytest.mark.parametrize("url", ["nonsense", "foo://x", "slack://", ""])

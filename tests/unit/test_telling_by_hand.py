@@ -54,11 +54,72 @@ def test_suspect_and_failed_backups_reach_a_human_in_one_message(fleet: SmallFle
         page_to(fleet, pager)
         assert command(fleet, "backup", "--tier", "daily")[0] == 1
         ((title, body),) = pager.pages
-    assert title == "[critical] 2 of 2 daily backups failed or are not good"
-    assert "jay: failed: the root" in body
-    assert "is suspect: SOUL.md: required, and empty" in body
-    assert [line["key"] for line in fleet.history("alert")] == ["backup/daily"]
+    assert title == "[critical] 2 alerts: 1 failed, 1 suspect"
+    assert "- [critical] daily backup of jay failed: the root" in body
+    assert "- [critical] daily backup of z is suspect: daily/" in body
+    assert "SOUL.md: required, and empty" in body
+    assert "docs/runbook.md#suspect" in body
+    assert [line["key"] for line in fleet.history("alert")] == ["failed/daily/jay", "suspect/daily/z"]
     assert len(fleet.history("alert-delivery")) == 1
+
+
+def test_a_timer_that_fails_every_minute_does_not_page_every_minute_and_its_end_is_told(
+    fleet: SmallFleet,
+) -> None:
+    away = fleet.root("jay").with_name("away")
+    fleet.root("jay").rename(away)
+    with Pager() as pager:
+        page_to(fleet, pager)
+        for _ in range(3):
+            assert command(fleet, "backup", "--tier", "daily")[0] == 1
+        assert [title for title, _ in pager.pages] == ["[critical] daily backup of jay failed"]
+        (fleet.root("z") / "SOUL.md").write_text("")
+        command(fleet, "backup", "--tier", "daily")
+        assert pager.pages[1:][0][0] == "[critical] daily backup of z is suspect"
+        away.rename(fleet.root("jay"))
+        command(fleet, "backup", "z", "--tier", "daily")
+        assert len(pager.pages) == 2, "a backup of z says nothing about jay"
+        command(fleet, "backup", "--tier", "daily")
+        assert [title for title, _ in pager.pages[2:]] == ["[resolved] daily backup of jay failed"]
+        command(fleet, "backup", "jay", "--tier", "daily")
+        assert len(pager.pages) == 3
+    assert [line["key"] for line in fleet.history("alert-resolved")] == ["failed/daily/jay"]
+
+
+def test_what_nobody_was_told_is_told_with_the_next_run(fleet: SmallFleet) -> None:
+    fleet.root("jay").rename(fleet.root("jay").with_name("away"))
+    fleet.edit("backup_schedule.json", lambda document: document.update(alerts=["json://127.0.0.1:1/x"]))
+    assert command(fleet, "backup", "jay", "--tier", "daily")[0] == 1
+    with Pager() as pager:
+        page_to(fleet, pager)
+        assert command(fleet, "backup", "jay", "--tier", "daily")[0] == 1
+        assert len(pager.pages) == 1
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"[]", b'{"a": 1}', b'{"failed/daily/jay": {"key": 3}}', b"\x00\xff{"]
+)
+def test_a_spoilt_memory_of_what_was_told_makes_for_a_page_too_many_and_no_error(
+    fleet: SmallFleet, damage: bytes
+) -> None:
+    fleet.root("jay").rename(fleet.root("jay").with_name("away"))
+    with Pager() as pager:
+        page_to(fleet, pager)
+        command(fleet, "backup", "jay", "--tier", "daily")
+        (fleet.folder / "state" / "alerts-told.json").write_bytes(damage)
+        assert command(fleet, "backup", "jay", "--tier", "daily")[0] == 1
+        command(fleet, "backup", "jay", "--tier", "daily")
+        assert len(pager.pages) == 2
+
+
+def test_without_a_place_to_remember_people_are_told_each_time(fleet: SmallFleet) -> None:
+    (fleet.folder / "state").write_text("not a folder")
+    fleet.root("jay").rename(fleet.root("jay").with_name("away"))
+    with Pager() as pager:
+        page_to(fleet, pager)
+        for _ in range(2):
+            assert command(fleet, "backup", "jay", "--tier", "daily")[0] == 1
+        assert len(pager.pages) == 2
 
 
 def test_damage_found_while_backing_up_reaches_a_human(fleet: SmallFleet) -> None:
@@ -69,7 +130,7 @@ def test_damage_found_while_backing_up_reaches_a_human(fleet: SmallFleet) -> Non
         page_to(fleet, pager)
         assert command(fleet, "backup", "z", "--tier", "daily")[0] == 0
         ((title, body),) = pager.pages
-    assert title == "[warning] daily backups came upon damage"
+    assert title == "[warning] daily backup of z came upon damage"
     assert damaged in body
 
 

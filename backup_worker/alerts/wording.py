@@ -1,0 +1,110 @@
+"""What a message says: one alert as it is, many as a list; with each kind, where to look and where it is explained.
+
+Names and reasons come from agents, files and the bus: what could move a cursor or begin a mail header is taken out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Final
+from zoneinfo import ZoneInfo
+
+from backup_worker.alerts import kinds
+from backup_worker.alerts.book import RANK, OpenAlert
+from backup_worker.alerts.planner import Delivery, Policy
+
+NAMES_IN_TITLE: Final = 3
+LISTED: Final = 100
+TITLE_LENGTH: Final = 160
+LINE_LENGTH: Final = 240
+BODY_LENGTH: Final = 4000
+
+
+def compose(delivery: Delivery, policy: Policy) -> tuple[str, str]:
+    """Return the title and the body of a message."""
+    alerts = delivery.alerts
+    mark: str = max(alerts, key=lambda one: RANK[one.severity]).severity
+    if delivery.is_end:
+        mark = "resolved"
+    elif kinds.of(alerts[0].key).once:
+        mark = kinds.of(alerts[0].key).name
+    if len(alerts) == 1:
+        title, body = _one_line(alerts[0].title, TITLE_LENGTH), _one(alerts[0], policy)
+    else:
+        title, body = _title(alerts), "\n".join(_list(alerts, policy))
+    return f"[{mark}] {title}", body
+
+
+def _one(alert: OpenAlert, policy: Policy) -> str:
+    parts = [_plain(alert.body)[:BODY_LENGTH]]
+    if alert.is_resolved:
+        parts.append(f"It began {_moment(alert.opened_at, policy)} and was over after {_lasted(alert)}.")
+    elif alert.rounds:
+        parts.append(f"It is open since {_moment(alert.opened_at, policy)}; nobody has acknowledged it.")
+    if not kinds.of(alert.key).once:
+        parts.append("\n".join(_pointers([alert], policy)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _title(alerts: Sequence[OpenAlert]) -> str:
+    count = Counter(kinds.of(one.key).name for one in alerts)
+    if len(count) > 1:
+        return _one_line(f"{len(alerts)} alerts: " + ", ".join(f"{n} {name}" for name, n in count.items()))
+    names = list(dict.fromkeys(one.agent for one in alerts if one.agent))
+    shown = ", ".join(names[:NAMES_IN_TITLE])
+    if len(names) > NAMES_IN_TITLE:
+        shown += f" and {len(names) - NAMES_IN_TITLE} more"
+    return _one_line(
+        f"{len(alerts)} times: {kinds.of(alerts[0].key).title}" + (f": {shown}" if shown else "")
+    )
+
+
+def _list(alerts: Sequence[OpenAlert], policy: Policy) -> Iterator[str]:
+    shown = alerts[:LISTED]
+    for one in shown:
+        line = _one_line(
+            f"- [{one.severity}] {one.title}" + (f": {one.body}" if one.body else ""), LINE_LENGTH
+        )
+        if one.is_resolved:
+            line += f" (after {_lasted(one)})"
+        elif one.rounds:
+            line += f" (since {_moment(one.opened_at, policy)})"
+        yield line
+    if len(alerts) > len(shown):
+        yield f"- and {len(alerts) - len(shown)} more: backup-worker alerts"
+    first_of_kind = {kinds.of(one.key).name: one for one in reversed(alerts)}
+    yield ""
+    yield from _pointers(list(first_of_kind.values())[::-1], policy)
+
+
+def _pointers(alerts: Sequence[OpenAlert], policy: Policy) -> Iterator[str]:
+    """Yield where to look and what to read, for one alert of each kind."""
+    for one in alerts:
+        kind = kinds.of(one.key)
+        yield f"look:    {_one_line(kind.command(one.key, one.agent))}"
+        yield f"runbook: {kind.link(policy.runbook)}"
+    if len(alerts) == 1 and not alerts[0].is_resolved and alerts[0].severity != "info":
+        yield f"seen:    backup-worker ack {_one_line(alerts[0].key)}"
+
+
+def _lasted(alert: OpenAlert) -> str:
+    seconds = max(0.0, (alert.resolved_at or alert.opened_at) - alert.opened_at)
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _moment(at: float, policy: Policy) -> str:
+    return datetime.fromtimestamp(at, ZoneInfo(policy.zone)).strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def _one_line(text: str, length: int = TITLE_LENGTH) -> str:
+    text = _plain(text).replace("\n", " ")
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _plain(text: str) -> str:
+    return "".join(char if char == "\n" or char.isprintable() else " " for char in text)

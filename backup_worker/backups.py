@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from backup_worker.config import Tier
 from backup_worker.runtime import Runtime

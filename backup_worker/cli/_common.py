@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +80,14 @@ def new_table(title: str, *columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, no_wrap=number == 0, overflow="fold")
     return table
+
+
+def long_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows as plain columns, each as wide as its widest cell: for what nobody reads without `grep` or `less`."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    line = "  ".join(f"{{:<{width}}}" for width in widths)
+    sys.stdout.write("".join(f"{line.format(*row).rstrip()}\n" for row in (columns, *rows)))
+    sys.stdout.flush()
 
 
 def coloured(text: str, colour: str) -> Text:

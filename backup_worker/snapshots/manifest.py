@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import IO, Any, Literal
 
 from backup_worker.snapshots.errors import SnapshotError, printable
@@ -120,8 +121,7 @@ class Head:
     @property
     def sort_key(self) -> tuple[float, tuple[tuple[int, str], ...], str]:
         """Order of creation; within one instant, slot `S-2` comes after `S`."""
-        parts = re.findall(r"\d+|\D+", self.slot)
-        return self.created_at, tuple((int(p), "") if p.isdecimal() else (0, p) for p in parts), self.agent
+        return self.created_at, _slot_order(self.slot), self.agent
 
     def as_row(self) -> dict[str, Any]:
         """Return the keys that `backup-worker list --json` promises."""
@@ -169,6 +169,12 @@ def snapshot_id(tier: str, slot: str, agent: str) -> str:
             hint="an id is <tier>/<slot>/<agent>",
         )
     return f"{tier}/{slot}/{agent}"
+
+
+@lru_cache(maxsize=4096)
+def _slot_order(slot: str) -> tuple[tuple[int, str], ...]:
+    parts = re.findall(r"\d+|\D+", slot)
+    return tuple((int(part), "") if part.isdecimal() else (0, part) for part in parts)
 
 
 def split_id(identifier: str) -> tuple[str, str, str]:

@@ -12,12 +12,12 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from backup_worker.snapshots import disk
+from backup_worker.snapshots import disk, index
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import SnapshotError, from_os_error, printable, translated
 from backup_worker.snapshots.layout import folders, is_folder, make_private
@@ -32,9 +32,13 @@ from backup_worker.snapshots.manifest import (
     split_id,
 )
 from backup_worker.snapshots.notes import Notes
+from em_bridge import clock
 from em_bridge.errors import NotFound
 
 HIDDEN = ".agent-backup"
+INDEX = "heads"
+MANY = 100
+"""From so many snapshots on, all notes are listed at once."""
 AnyHead = TypeVar("AnyHead", bound=Head)
 
 
@@ -67,21 +71,64 @@ class Repository:
 
     def snapshots(self, agent: str | None = None, tier: str | None = None) -> list[Head]:
         """Return the readable snapshots, oldest first. What is unreadable, `verify` names."""
-        found: list[Head] = []
-        for identifier in self.ids(agent, tier):
-            with (
-                contextlib.suppress(SnapshotError, OSError),
-                open(self.path(identifier) / MANIFEST, "rb") as file,
-            ):
-                head = read_head(file)
-                if head.id == identifier:
-                    found.append(self._noted(head))
-        return sorted(found, key=lambda head: head.sort_key)
+        return self.survey(agent, tier)[0]
 
     def unreadable(self) -> list[str]:
         """Return the ids of folders that stand where a snapshot should be, and cannot be read as one."""
-        readable = {head.id for head in self.snapshots()}
-        return [identifier for identifier in self.ids() if identifier not in readable]
+        return self.survey()[1]
+
+    def survey(self, agent: str | None = None, tier: str | None = None) -> tuple[list[Head], list[str]]:
+        """Return the readable snapshots, oldest first, and the ids of what cannot be read as one."""
+        # The few of one agent are read faster than the memory of all.
+        known = index.load(self.hidden / INDEX) if agent is None else {}
+        found: dict[str, index.Remembered] = {}
+        unreadable: list[str] = []
+        settled, unknown, now = [], 0, clock.now()
+        for identifier in self.ids(agent, tier):
+            try:
+                info, one = self._recall(identifier, known.get(identifier))
+            except (SnapshotError, OSError):
+                unreadable.append(identifier)
+                continue
+            found[identifier] = one
+            if index.is_settled(info, now):
+                settled.append(one)
+                unknown += one is not known.get(identifier)
+        if agent is None and tier is None and index.is_worth_writing(len(known), len(settled), unknown):
+            index.save(self.hidden / INDEX, settled, self.staging())
+        return sorted(self._all_noted(found), key=lambda head: head.sort_key), unreadable
+
+    def _recall(
+        self, identifier: str, known: index.Remembered | None
+    ) -> tuple[os.stat_result, index.Remembered]:
+        path = f"{self.root}/{identifier}/{MANIFEST}"
+        info = os.stat(path)
+        if known is not None and known.identity == index.identity(info):
+            return info, known
+        with open(path, "rb") as file:
+            info = os.fstat(file.fileno())
+            head = read_head(file)
+        if head.id != identifier:
+            raise SnapshotError(f"snapshot “{identifier}” says of itself that it is “{printable(head.id)}”")
+        return info, index.remembered(info, head)
+
+    def _all_noted(self, found: Mapping[str, index.Remembered]) -> Iterator[Head]:
+        kinds = ("verified", "pins", "damaged")
+        if len(found) < MANY:
+            # Listing all notes of a large fleet for each of its agents would take the square of its size.
+            verified, pinned, damaged = (
+                {i for i in found if self._notes.at(kind, i) is not None} for kind in kinds
+            )
+        else:
+            verified, pinned, damaged = (set(self._notes.keys(kind)) for kind in kinds)
+        for identifier, one in found.items():
+            at = self._notes.at("verified", identifier) if identifier in verified else None
+            yield one.head(
+                # A snapshot is read back before it gets its name: its making is its first verification.
+                verified_at=one.values["created_at"] if at is None else at,
+                pinned=identifier in pinned,
+                damaged=identifier in damaged,
+            )
 
     def get(self, identifier: str) -> Manifest:
         """Return one snapshot with its entries. Raises NotFound, or SnapshotError if its manifest is broken."""

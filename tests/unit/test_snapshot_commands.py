@@ -212,3 +212,28 @@ def test_verify_heals_what_has_a_sound_copy(shell: Shell) -> None:
     found = shell.json("verify", second, "--heal")
     assert found == {"ok": [second], "bad": [], "healed": [{"id": second, "path": "SOUL.md", "from": first}]}
     assert "heal" in shell.recorded()
+
+
+def test_a_long_list_says_the_same_as_a_short_one_in_plain_columns(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backup_worker.cli import snapshots
+
+    shell.run("backup", "--tier", "weekly")
+    made = [row["id"] for row in shell.json("list")]
+    shell.run("pin", made[1])
+    monkeypatch.setattr(snapshots, "LONG", 1)
+    _, out, _ = shell.run("list")
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["snapshot", *made]
+    assert [line.endswith("pinned") for line in lines[1:3]] == [False, True]
+    assert all(line[lines[0].index("status") :].startswith("good  ") for line in lines[1:3])
+    assert lines[3].startswith("restore proven: jay never")
+
+
+def test_what_cannot_be_read_is_named_below_a_list(shell: Shell) -> None:
+    first = shell.json("backup", "--tier", "weekly")["snapshots"][0]["id"]
+    (shell.base / "repo" / first / "manifest.json").write_text("{}")
+    code, _, err = shell.run("list")
+    assert code == 0
+    assert f"snapshot “{first}” cannot be read" in err

@@ -1,7 +1,10 @@
-"""Run an agent's health command on files that are not the agent's own: time-limited, and alone.
+"""Ask an agent's own health command whether it is well: time-limited, and alone.
 
-It sees the folder as its home and as `AGENT_ROOT`, `AGENT_DRILL=1`, and no address of Redis: it must judge the files,
-not speak for the living agent. Whatever it has started ends with it, and with us.
+The answer is the exit code alone: 0 is well; a command that cannot be run is an answer too. Whatever it has started
+ends with it, and with us. Asked about the living agent, it gets the agent's address of Redis, and neither `AGENT_ROOT`
+nor `AGENT_RUN`, by which it would be taken for the agent itself. Asked about files elsewhere, it sees their folder as
+its home and as `AGENT_ROOT`, `AGENT_DRILL=1`, and no address of Redis: it must judge the files, not speak for the
+living agent.
 """
 
 from __future__ import annotations
@@ -23,34 +26,54 @@ from em_bridge import clock
 
 WITHIN_S = 60.0
 OUTPUT_BYTES = 4096
+SAID_CHARACTERS = 500
+CANNOT_RUN = 127
+"""The exit code of a shell that does not find its program."""
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How a health command ended: its exit code (None: not in time), and the end of what it wrote."""
+    """How a health command ended: its exit code (None: not within `within_s`), and the end of what it wrote."""
 
     exit_code: int | None
     output: str
+    within_s: float = WITHIN_S
 
     @property
     def ok(self) -> bool:
         """Whether the agent is well."""
         return self.exit_code == 0
 
+    def __str__(self) -> str:
+        verdict = f"no answer within {self.within_s:g} s"
+        if self.exit_code is not None:
+            verdict = f"exit code {self.exit_code}"
+        said = " / ".join(filter(None, (line.strip() for line in self.output.splitlines())))[
+            -SAID_CHARACTERS:
+        ]
+        return f"health: {verdict}" + (f": {said}" if said else "")
+
     def as_json(self) -> dict[str, Any]:
-        """Return the fields, and `ok`."""
+        """Return how it ended, and `ok`."""
         return {"ok": self.ok, "exit_code": self.exit_code, "output": self.output}
 
 
-def run_health(command: Sequence[str], root: Path, agent: str, *, within_s: float = WITHIN_S) -> Health:
-    """Run `command` in `root`; a program that cannot be started counts as exit code 127."""
+def run_health(
+    command: Sequence[str],
+    root: Path,
+    agent: str,
+    *,
+    within_s: float = WITHIN_S,
+    redis_url: str | None = None,
+) -> Health:
+    """Run `command` in `root` for at most `within_s`, about the living agent if it gets a `redis_url`."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     program = shutil.which(command[0], path=path) or command[0]
     try:
         process = subprocess.Popen(
             [program, *command[1:]],
             cwd=root,
-            env=_environment(path, root, agent),
+            env=environment(path, root, agent, redis_url),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -58,24 +81,28 @@ def run_health(command: Sequence[str], root: Path, agent: str, *, within_s: floa
             preexec_fn=die_with_parent(signal.SIGKILL),
         )
     except OSError as error:
-        return Health(127, f"{command[0]}: {(error.strerror or str(error)).lower()}")
+        return Health(CANNOT_RUN, f"{command[0]}: {(error.strerror or str(error)).lower()}", within_s)
     with process:
         assert process.stdout is not None
-        output, in_time = _listen(process, process.stdout.fileno(), clock.monotonic() + within_s)
+        output, in_time = listen(process, process.stdout.fileno(), clock.monotonic() + within_s)
         # Before it is waited for: until then no other process group can have this number.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
-    return Health(code if in_time else None, output.decode(errors="replace"))
+    return Health(code if in_time else None, output.decode(errors="replace"), within_s)
 
 
-def _environment(path: str, root: Path, agent: str) -> dict[str, str]:
+def environment(path: str, root: Path, agent: str, redis_url: str | None) -> dict[str, str]:
+    """Return what the command sees; without `redis_url` it is asked about the files in `root` alone."""
     ours = ("RQ_", "AGENT_", "REDIS_URL")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return clean | {"PATH": path, "AGENT_ID": agent, "AGENT_ROOT": str(root), "AGENT_DRILL": "1"}
+    clean |= {"PATH": path, "AGENT_ID": agent}
+    if redis_url is not None:
+        return clean | {"REDIS_URL": redis_url}
+    return clean | {"AGENT_ROOT": str(root), "AGENT_DRILL": "1"}
 
 
-def _listen(process: subprocess.Popen[bytes], pipe: int, deadline: float) -> tuple[bytes, bool]:
+def listen(process: subprocess.Popen[bytes], pipe: int, deadline: float) -> tuple[bytes, bool]:
     """Keep the end of the output until the process has ended or the time is over; tell which it was."""
     kept = b""
     while (left_s := deadline - clock.monotonic()) > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUr
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from backup_worker.config import Tier
     from backup_worker.recovery.incident import Incident, IncidentStore
     from backup_worker.recovery.service import RecoveryService
 
@@ -43,6 +45,13 @@ def recover(
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow until it is over; exit 1 if one could not be recovered.")
     ] = False,
+    reapply: Annotated[
+        bool,
+        typer.Option(
+            "--reapply",
+            help="Put back the approved changes that the last recovery has left out; a running agent is backed up first.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Open an incident by hand: stop the agent, restore its newest good state, start it, prove that it lives.
@@ -61,7 +70,9 @@ def recover(
         runtime.config.agent(agent)
     service = RecoveryService(runtime)
     with translate_errors(runtime.redis):
-        opened = [service.open(agent, reason) for agent in names]
+        if reapply:
+            _prepare_to_reapply(service, names)
+        opened = [service.open(agent, reason, reapply=reapply) for agent in names]
         _say_if_paused(service, zone)
         if wait:
             opened = _follow(service.store, [one.id for one in opened], zone, quiet=as_json)
@@ -72,6 +83,34 @@ def recover(
     )
     if any(one.state == ESCALATED for one in opened):
         raise typer.Exit(1)
+
+
+def _prepare_to_reapply(service: RecoveryService, names: list[str]) -> None:
+    """Back up each agent that runs: what it has done since its recovery is the state that the changes are laid over.
+
+    Raises NotFound if an agent's last recovery has left no approved change out.
+    """
+    from backup_worker import backups
+    from backup_worker.recovery.adapters import adapter_for
+
+    runtime = service.runtime
+    for agent in names:
+        if not service.left_out(agent):
+            raise NotFound(
+                f"the last recovery of “{agent}” has left no approved change out",
+                hint="see `backup-worker incidents`; a change that was never applied is applied by whoever proposed it",
+            )
+    for agent in names:
+        config = runtime.config.agent(agent)
+        if adapter_for(agent, config, runtime.config.schedule.state).running():
+            for tier in _whole(runtime.config.schedule.tiers):
+                backups.by_hand(runtime, agent, tier, now=clock.now())
+
+
+def _whole(tiers: Mapping[str, Tier]) -> list[str]:
+    """Return a tier that holds everything, or all scheduled ones if none does."""
+    whole = [name for name, tier in tiers.items() if "*" in tier.include]
+    return whole[:1] or [name for name, tier in tiers.items() if tier.cron is not None]
 
 
 def _follow(store: IncidentStore, ids: list[str], zone: str, *, quiet: bool) -> list[Incident]:

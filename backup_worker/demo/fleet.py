@@ -77,6 +77,8 @@ class Fleet:
             "exclude": ["**/__pycache__/**", "*.outbox*", "orders.json"],
             "start": {"command": em if agent == "em" else [sys.executable, "agent.py"]},
             "depends_on": DEPENDS_ON[agent],
+            # The demo kills them again much sooner than a state is normally given to prove itself.
+            "recovery": {"stable_for": 1},
             "critical": agent in ("em", "z"),
             "heartbeat": {**SECONDS, "stable_beats": 3},
         }

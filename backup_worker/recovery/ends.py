@@ -25,9 +25,9 @@ class Ends(Ledger):
         attempts = incident.attempts + 1
         state_failed = state_failed and not incident.reapplied
         tried = (*incident.tried, *incident.chosen[:1]) if state_failed else incident.tried
-        incident = replace(
-            incident, attempts=attempts, tried=tried, chosen=(), deadline=None, reapply=False, reapplied=()
-        )
+        missed = (*incident.missed, *incident.reapplied)
+        incident = replace(incident, attempts=attempts, tried=tried, chosen=(), deadline=None)
+        incident = replace(incident, missed=missed, reapply=False, reapplied=())
         if attempts >= self.config.agents[incident.agent].recovery.attempts:
             if phase == FENCE:
                 incident = self._left_stopped(incident)

@@ -72,9 +72,13 @@ def _size(folder: Path) -> int:
 
 
 def prune(runtime: Runtime, now: float) -> list[str]:
-    """Remove what the limits say, and return the names of the folders that are gone."""
+    """Remove what the limits say, and return the names of the folders that are gone.
+
+    Of closed incidents Redis lets go at the same age; what they did stays in the record.
+    """
     folder = runtime.config.schedule.state / "evidence"
     limits = runtime.config.schedule.limits
+    IncidentStore(runtime.redis).forget(now, max_age_s=limits.evidence_days * 86400)
     removals = plan(
         look(folder), now=now, max_bytes=limits.evidence_bytes, max_days=limits.evidence_days,
         in_use=set(IncidentStore(runtime.redis).open_ids().values()),

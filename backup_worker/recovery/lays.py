@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backup_worker import changes
+from backup_worker import approvals, changes
 from backup_worker.recovery import notice, witnesses
 from backup_worker.recovery.incident import CURRENT, DEPEND, RESTORE, SELECT, Incident, Missed
 from backup_worker.recovery.waits import Waits
@@ -85,11 +85,12 @@ class Lays(Waits):
     def _with_loss(self, incident: Incident, plan: RestorePlan) -> tuple[Incident, Loss]:
         # Against what stood there at the death: later trees are those of states that were tried.
         kept = Path(incident.evidence[0]) if incident.evidence else None
-        loss = self.states.loss(plan, kept, changes.all_changes(self.client), until=incident.opened_at)
+        known = changes.all_changes(self.client, approvals.rules(self.config))
+        loss = self.states.loss(plan, kept, known, until=incident.opened_at)
         lost = tuple(map(printable, (loss.lost or ())[: notice.SHOWN]))
         count = None if loss.lost is None else len(loss.lost)
-        # What a human wants back was missed by the recovery before this one.
-        wanted = [one for one in incident.missed if incident.reapply and one not in loss.missed]
+        # What was left out before, by this incident or the one that it follows, is in no older state either.
+        wanted = [one for one in incident.missed if one not in loss.missed]
         missed = (*wanted, *loss.missed)
         return replace(incident, state_at=loss.state_at, lost=lost, lost_count=count, missed=missed), loss
 

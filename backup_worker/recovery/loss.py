@@ -69,7 +69,8 @@ def missed_changes(
 def _is_of(head: Head, change: changes.Change) -> bool:
     """Tell whether the snapshot was made of the change: of its event, or when its content was put back."""
     words = head.reason.split(":")[0].split()
-    return change.change in words and (_applied_at(head) == change.applied_at or words[0] == "re-applied")
+    is_its_event = words[:1] == ["config.applied"] and _applied_at(head) == change.applied_at
+    return change.change in words and (is_its_event or words[:1] == ["re-applied"])
 
 
 def _applied_at(head: Head) -> float:

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from backup_worker.health_command import Health, run_health
 from backup_worker.recovery import breakers, heartbeats, notice
 from backup_worker.recovery.address import redis_url_of
-from backup_worker.recovery.checkup import Checkup, examine
 from backup_worker.recovery.incident import (
     CONFIRM,
     DEPEND,
@@ -201,16 +201,14 @@ class Recovery(Lays):
         if count >= agent.heartbeat.stable_beats:
             proof = f"{count} beats in a row of incarnation {incarnation}"
             verdict = self._examined(incident, agent, now)
-            if verdict is None or verdict.is_well:
+            if verdict is None or verdict.ok:
                 # It may have ended while it was examined.
                 if verdict is not None and not adapter.running():
                     raise AgentBackupError("the new process has ended: " + self._last_words(incident.agent))
-                detail = f"{proof}; {verdict.detail}" if verdict else proof
+                detail = f"{proof}; {verdict}" if verdict else proof
                 return self._recovered(self._noted(incident, PROVE, True, detail))
-            if verdict.detail != incident.unwell:
-                incident = self._noted(
-                    replace(incident, unwell=verdict.detail), HEALTH, False, verdict.detail
-                )
+            if str(verdict) != incident.unwell:
+                incident = self._noted(replace(incident, unwell=str(verdict)), HEALTH, False, str(verdict))
             now = self.now()
         if incident.deadline is not None and now >= incident.deadline:
             what = f"{count} of {agent.heartbeat.stable_beats} beats"
@@ -220,14 +218,14 @@ class Recovery(Lays):
             )
         return self._sleep(incident, min(now + LOOK_AGAIN_S, incident.deadline or now + LOOK_AGAIN_S))
 
-    def _examined(self, incident: Incident, agent: AgentConfig, now: float) -> Checkup | None:
+    def _examined(self, incident: Incident, agent: AgentConfig, now: float) -> Health | None:
         """Return what the agent's `health` command says; None if it has none."""
         if agent.health is None:
             return None
         left_s = max(1.0, (incident.deadline or now) - now)
         limit_s = min(agent.heartbeat.health_within, left_s)
         url = redis_url_of(incident.agent, self.config, self.redis_url)
-        return examine(incident.agent, agent.root, agent.health, redis_url=url, limit_s=limit_s)
+        return run_health(agent.health, agent.root, incident.agent, within_s=limit_s, redis_url=url)
 
 
 def _was_held(incident: Incident) -> bool:

@@ -55,6 +55,12 @@ def text(incident: Incident, zone: str) -> str:
     lines += _section(
         "Approved changes that this state does not hold", (f"- {one}" for one in incident.missed)
     )
+    if incident.missed:
+        lines += ["", f"`backup-worker recover {incident.agent} --reapply` puts them back."]
+    lines += _section(
+        "Approved changes that were put back",
+        (f"- {one}, from `{one.snapshot}`" for one in incident.reapplied),
+    )
     return "\n".join(lines) + "\n"
 
 

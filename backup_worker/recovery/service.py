@@ -81,7 +81,7 @@ class RecoveryService:
 
         Raises NotFound for an unknown agent.
         """
-        missed = self._missed(agent) if reapply else ()
+        missed = self.left_out(agent) if reapply else ()
         incident, is_new = self._open(agent, reason, by_hand=True, reapply=reapply, missed=missed)
         if is_new:
             streams.append_once(
@@ -94,7 +94,7 @@ class RecoveryService:
                 incident = self.store.save(replace(incident, by_hand=True), wake_at=now)
         return incident
 
-    def _missed(self, agent: str) -> tuple[Missed, ...]:
+    def left_out(self, agent: str) -> tuple[Missed, ...]:
         """Return the approved changes that the agent's last recovery has left out."""
         last = self.store.latest([agent]).get(agent)
         return last.missed if last is not None and last.state == RECOVERED else ()

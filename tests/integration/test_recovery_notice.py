@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from backup_worker import backups
+from backup_worker import change_events
 from backup_worker.recovery import notice
 from backup_worker.recovery.incident import CURRENT, RECOVERED, Incident
 from backup_worker.recovery.notice import FILE, MARK, SENDER
@@ -144,7 +144,7 @@ def test_a_change_that_the_em_approved_and_that_killed_the_agent_is_named(fleet:
     fleet.set_mode("z", "die")
     applied = ConfigApplied("c9", "z", ("mode",), by="em", approved_by="kari")
     entry = streams.append(fleet.client, applied)
-    (stored,) = backups.on_change(fleet.runtime, applied, entry, now=time.time())
+    (stored,) = change_events.handle(fleet.runtime, applied, entry, now=time.time())
     time.sleep(0.02)
     incident = fleet.recover("z")
     assert (incident.state, incident.attempts) == (RECOVERED, 2)

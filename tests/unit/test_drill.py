@@ -8,20 +8,17 @@ import json
 import os
 import sqlite3
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import fakeredis
-import psutil
 import pytest
 
 from backup_worker import alerts, drill, maintain, proofs
-from backup_worker.health_command import run_health
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Manifest, execute, plan_restore, take_snapshot
 from em_bridge.errors import NotFound
-from tests.small_fleet import SmallFleet, until
+from tests.small_fleet import SmallFleet
 from tests.unit.test_scrub import flip
 
 SEVEN = 1795417200.0
@@ -233,31 +230,6 @@ def test_an_agent_that_is_not_well_on_its_restored_files_fails_the_drill(
     assert reasons(done) == ".: the health command exited with 1: no memory"
     assert fleet.history("drill")[0]["health"] == {"ok": False, "exit_code": 1, "output": "no memory\n"}
     assert open_keys(client) == ["drill/z"]
-
-
-def test_a_health_command_has_its_time_and_takes_its_children_along(tmp_path: Path) -> None:
-    script = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); import time; time.sleep(60)"
-    began = time.monotonic()
-    health = run_health([sys.executable, "-c", script], tmp_path, "z", within_s=1.0)
-    assert health.exit_code is None
-    assert time.monotonic() - began < 10
-    child = int(health.output)
-    until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
-
-
-def test_a_health_command_is_not_waited_for_because_a_child_of_it_holds_its_output(tmp_path: Path) -> None:
-    script = "import subprocess; subprocess.Popen(['sleep', '60']); print('fine')"
-    health = run_health([sys.executable, "-c", script], tmp_path, "z", within_s=20.0)
-    assert (health.exit_code, health.output) == (0, "fine\n")
-
-
-def test_only_the_end_of_a_long_output_is_kept(tmp_path: Path) -> None:
-    health = run_health([sys.executable, "-c", "print('x' * 10**7 + 'end')"], tmp_path, "z")
-    assert (health.ok, len(health.output), health.output[-4:]) == (True, 4096, "end\n")
-
-
-def test_a_health_command_that_cannot_be_started_is_not_well(tmp_path: Path) -> None:
-    assert run_health(["no-such-program"], tmp_path, "z").exit_code == 127
 
 
 # -- scratch folders ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The health command: its answer is its exit code, within its limit."""
+"""The health command: its answer is its exit code, within its limit; asked about the living agent."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from backup_worker.recovery.checkup import KEPT_CHARACTERS, Checkup, examine
+from backup_worker.health_command import CANNOT_RUN, SAID_CHARACTERS, Health, run_health
 
 
-def asked(root: Path, program: str, *, limit_s: float = 10.0) -> Checkup:
-    return examine("z", root, [sys.executable, "-c", program], redis_url="redis://here/0", limit_s=limit_s)
+def asked(root: Path, program: str, *, limit_s: float = 10.0) -> Health:
+    command = [sys.executable, "-c", program]
+    return run_health(command, root, "z", redis_url="redis://here/0", within_s=limit_s)
 
 
 @pytest.mark.parametrize("code", [0, 1, 77])
 def test_the_exit_code_is_the_answer(tmp_path: Path, code: int) -> None:
     found = asked(tmp_path, f"print('so'); print('it is'); raise SystemExit({code})")
-    assert found == Checkup(code == 0, f"health: exit code {code}: so / it is")
+    assert (found.ok, str(found)) == (code == 0, f"health: exit code {code}: so / it is")
 
 
 def test_it_runs_in_the_root_and_is_not_taken_for_the_agent(
@@ -30,7 +31,7 @@ def test_it_runs_in_the_root_and_is_not_taken_for_the_agent(
     program = (
         "import os; e = os.environ; print(os.getcwd(), e['AGENT_ID'], e['REDIS_URL'], 'AGENT_R' in str(e))"
     )
-    assert asked(tmp_path, program).detail.endswith(f"{tmp_path} z redis://here/0 False")
+    assert asked(tmp_path, program).output == f"{tmp_path} z redis://here/0 False\n"
 
 
 def test_one_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
@@ -39,7 +40,7 @@ def test_one_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     )
     began = time.monotonic()
     found = asked(tmp_path, program, limit_s=0.5)
-    assert found == Checkup(False, "health: no answer within 0.5 s")
+    assert (found.ok, str(found)) == (False, "health: no answer within 0.5 s")
     assert time.monotonic() - began < 5
     child = int((tmp_path / "child").read_text())
     # Killed with its group; the kernel needs a moment for each of its members.
@@ -51,16 +52,28 @@ def test_one_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
 
 def test_a_child_that_is_left_behind_holds_nobody_up(tmp_path: Path) -> None:
     began = time.monotonic()
-    assert asked(tmp_path, "import os, time; os.fork() or time.sleep(60)").is_well
+    assert asked(tmp_path, "import os, time; os.fork() or time.sleep(60)").ok
     assert time.monotonic() - began < 5
 
 
 def test_one_that_cannot_be_run_is_an_answer(tmp_path: Path) -> None:
-    found = examine("z", tmp_path, ["no-such-program"], redis_url="", limit_s=1)
-    assert found == Checkup(False, "health cannot be run: no such file or directory")
+    found = run_health(["no-such-program"], tmp_path, "z", redis_url="", within_s=1)
+    assert found.exit_code == CANNOT_RUN
+    assert str(found).endswith("no-such-program: no such file or directory")
 
 
 def test_of_much_output_the_end_is_kept(tmp_path: Path) -> None:
     found = asked(tmp_path, "print('x' * 100_000); print('the end'); raise SystemExit(1)")
-    assert found.detail.endswith("the end")
-    assert len(found.detail) < KEPT_CHARACTERS + 50
+    assert str(found).endswith("the end")
+    assert len(str(found)) < SAID_CHARACTERS + 50
+
+
+def test_a_health_command_is_not_waited_for_because_a_child_of_it_holds_its_output(tmp_path: Path) -> None:
+    script = "import subprocess; subprocess.Popen(['sleep', '60']); print('fine')"
+    health = run_health([sys.executable, "-c", script], tmp_path, "z", within_s=20.0)
+    assert (health.exit_code, health.output) == (0, "fine\n")
+
+
+def test_only_the_end_of_a_long_output_is_kept(tmp_path: Path) -> None:
+    health = run_health([sys.executable, "-c", "print('x' * 10**7 + 'end')"], tmp_path, "z")
+    assert (health.ok, len(health.output), health.output[-4:]) == (True, 4096, "end\n")

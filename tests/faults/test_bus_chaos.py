@@ -1,6 +1,7 @@
 """Everything on the bus is killed and frozen at random while messages flow: each arrives once, in order.
 
-The seed is printed; `CHAOS_SEED` repeats a run's choices, `CHAOS_SECONDS` makes it longer.
+Agents and managers reach the server through a wire that is paused and cut, too. The seed is printed; `CHAOS_SEED`
+repeats a run's choices; `FAULTS=all` makes it long: 10,000 messages from 20 senders.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from em_bridge import streams
 from em_bridge.events import AgentState, decode
 from tests.integration.conftest import ValkeyServer
 from tests.integration.processes import Process, em_bridge, eventually, python
+from tests.integration.wire import Wire
 
 pytestmark = pytest.mark.valkey
 
-SECONDS = float(os.environ.get("CHAOS_SECONDS", "8"))
-SENDERS, RECEIVERS, MESSAGES = ("z", "leroy", "moe"), ("jay", "rick"), 400
+LONG = os.environ.get("FAULTS") == "all"
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "90" if LONG else "8"))
+SENDERS = tuple(f"sender{number}" for number in range(20)) if LONG else ("z", "leroy", "moe")
+RECEIVERS, MESSAGES = ("jay", "rick"), 500 if LONG else 400
+SETTLES_WITHIN_S = 180.0 if LONG else 60.0
+LONGEST_PAUSE_S = 7.0 if LONG else 1.5
+"""A wire that stands still for longer than the socket timeout looks like a server that is gone."""
 
 SENDER = """
 import sqlite3, sys, time
@@ -67,13 +74,14 @@ class Town:
 
     def __init__(self, valkey: ValkeyServer, folder: Path) -> None:
         self.valkey = valkey
+        self.wire = Wire(valkey.port)
         self.folder = folder
         self.processes: dict[str, Process] = {}
         for name in (*SENDERS, *RECEIVERS, "em-a", "em-b"):
             self.start(name)
 
     def start(self, name: str) -> None:
-        folder, url, outbox = self.folder, self.valkey.url, str(self.folder / f"{name}.outbox")
+        folder, url, outbox = self.folder, self.wire.url, str(self.folder / f"{name}.outbox")
         if name in SENDERS:
             pause = str(SECONDS / MESSAGES)
             found = python(folder, name, SENDER, name, url, outbox, str(MESSAGES), pause, *RECEIVERS)
@@ -92,6 +100,14 @@ class Town:
         time.sleep(seconds)
         self.processes[name].process.send_signal(signal.SIGCONT)
 
+    def trouble_wire(self, what: str, seconds: float) -> None:
+        if what == "kill":
+            self.wire.cut()
+        else:
+            self.wire.pause()
+            time.sleep(seconds)
+            self.wire.go_on()
+
     def got(self) -> dict[tuple[str, str], list[int]]:
         found: dict[tuple[str, str], list[int]] = defaultdict(list)
         for name in RECEIVERS:
@@ -102,12 +118,13 @@ class Town:
         return found
 
     def close(self) -> None:
+        self.wire.close()
         for process in self.processes.values():
             if process.process.poll() is None:
                 process.kill()
 
 
-@pytest.mark.timeout(180 + 3 * int(SECONDS))
+@pytest.mark.timeout(180 + int(3 * SECONDS + SETTLES_WITHIN_S))
 def test_every_message_arrives_once_and_in_order_whatever_is_killed(
     valkey: ValkeyServer, tmp_path: Path
 ) -> None:
@@ -120,10 +137,14 @@ def test_every_message_arrives_once_and_in_order_whatever_is_killed(
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             time.sleep(dice.uniform(0.1, 0.6))
-            victim = dice.choice([*town.processes, "valkey", "em-a", "em-b"])
+            victim = dice.choice(
+                [*town.processes, *["valkey", "wire", "em-a", "em-b"] * (1 + len(SENDERS) // 10)]
+            )
             what = dice.choice(["kill", "kill", "freeze"])
             print(f"{what} {victim}")
-            if victim == "valkey" and what == "kill":
+            if victim == "wire":
+                town.trouble_wire(what, dice.uniform(0.1, LONGEST_PAUSE_S))
+            elif victim == "valkey" and what == "kill":
                 valkey.restart()
             elif victim == "valkey":
                 valkey.freeze()
@@ -134,7 +155,7 @@ def test_every_message_arrives_once_and_in_order_whatever_is_killed(
             else:
                 town.freeze(victim, dice.uniform(0.1, 1.0))
         total = MESSAGES * len(SENDERS)
-        eventually(lambda: sum(map(len, town.got().values())) >= total, 60)
+        eventually(lambda: sum(map(len, town.got().values())) >= total, SETTLES_WITHIN_S)
         time.sleep(0.5)
         for (receiver, sender), numbers in sorted(town.got().items()):
             mine = [n for n in range(MESSAGES) if RECEIVERS[n % len(RECEIVERS)] == receiver]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from backup_worker.snapshots import Repository
 from backup_worker.snapshots.disk import Tree, replace_file
@@ -25,10 +26,15 @@ class Note:
     proven_from: str | None = None
 
 
+def path_of(repo: Repository, agent: str) -> Path:
+    """Return where the note of `agent` is, there or not."""
+    return repo.hidden / NOTES / f"{agent}.json"
+
+
 def note_of(repo: Repository, agent: str) -> Note | None:
     """Return what is known of the agent's drills; None if there was none, or its note is not readable."""
     try:
-        return Note(**json.loads((repo.hidden / NOTES / f"{agent}.json").read_bytes()))
+        return Note(**json.loads(path_of(repo, agent).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from em_bridge import clock
-from em_bridge.errors import UsageError
+from em_bridge.errors import NotFound, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit
 
 
@@ -22,16 +22,25 @@ def forget(
 ) -> None:
     """Delete every snapshot of an agent. What is pinned, or being read, stays, and makes the exit code 1.
 
-    An agent that is taken out of the configuration keeps its snapshots until then.
+    With the last one goes what else is kept of it: the date of its last drill, and what was approved of its files. An
+    agent that is taken out of the configuration keeps its snapshots until then.
 
     Example: `backup-worker forget leroy --dry-run`
     """
     from backup_worker.cli.snapshots import opened
+    from backup_worker.forgetting import kept_besides, remove
+    from backup_worker.snapshots import RetentionPlan
     from backup_worker.snapshots.retention import forget as delete
     from backup_worker.snapshots.retention import plan_forget
 
     settings, repo, history = opened(config)
-    plan = plan_forget(repo, agent)
+    besides = kept_besides(repo, agent, configured=agent in settings.agents)
+    try:
+        plan = plan_forget(repo, agent)
+    except NotFound:
+        if not besides:
+            raise
+        plan = RetentionPlan()
     if agent in settings.agents and not (yes or dry_run):
         raise UsageError(
             f"“{agent}” is configured; forgetting it deletes the backups of an agent that may need them",
@@ -44,6 +53,10 @@ def forget(
         stayed = [decision for decision in result["delete"] if decision["id"] not in deleted]
         result["delete"] = [decision for decision in result["delete"] if decision["id"] in deleted]
         result["keep"] += [{"id": decision["id"], "reasons": ["in use, or gone"]} for decision in stayed]
+    result["also"] = [] if result["keep"] else besides
+    if not dry_run and result["also"]:
+        remove(repo, agent, besides)
+        history.append("forget", now=clock.now(), agent=agent, also=besides)
     emit({"agent": agent, **result}, as_json=as_json, render=lambda found: _print(found, dry_run))
     if result["keep"]:
         raise typer.Exit(1)
@@ -55,4 +68,6 @@ def _print(result: dict[str, Any], dry_run: bool) -> None:
         typer.echo(f"{word} {decision['id']}")
     for decision in result["keep"]:
         typer.echo(f"kept {decision['id']}: {'; '.join(decision['reasons'])}")
+    for what in result["also"]:
+        typer.echo(f"{word} {what}")
     typer.echo(f"{word} {len(result['delete'])}, kept {len(result['keep'])}")

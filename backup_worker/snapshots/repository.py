@@ -207,6 +207,14 @@ class Repository:
         """Take back `record_failure`."""
         self._notes.drop("failed", f"{tier}/{agent}")
 
+    def drop_orphaned_notes(self) -> None:
+        """Take back the dates of snapshots that are gone: the next one of that name must not inherit them."""
+        for kind in ("verified", "damaged"):
+            for key in self._notes.keys(kind):
+                with contextlib.suppress(NotFound):
+                    if not is_folder(self.path(key)):
+                        self._notes.drop(kind, key)
+
     def failing(self) -> frozenset[tuple[str, str]]:
         """Return the (agent, tier) pairs whose last backup failed."""
         pairs = (key.split("/") for key in self._notes.keys("failed"))

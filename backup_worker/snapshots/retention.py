@@ -169,6 +169,7 @@ def prune(repo: Repository, plan: RetentionPlan) -> list[str]:
                     continue
             if repo.delete(decision.id):
                 deleted.append(decision.id)
+        repo.drop_orphaned_notes()
     return deleted
 
 
@@ -201,6 +202,7 @@ def forget(repo: Repository, agent: str, plan: RetentionPlan) -> list[str]:
     repo.sweep()
     with repo.lock("prune"):
         deleted = [decision.id for decision in plan.delete if repo.delete(decision.id)]
+        repo.drop_orphaned_notes()
     for failed, tier in repo.failing():
         if failed == agent:
             repo.record_success(tier, agent)

@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 
+from backup_worker.approved import ApprovedStates, Held
 from backup_worker.cli import main
-from tests.agent_on_disk import CLASSES, EXCLUDE, Place, content_of
+from backup_worker.forgetting import APPROVED, PROOF
+from backup_worker.proofs import Note, note_of, write_note
+from backup_worker.snapshots import Repository
+from tests.agent_on_disk import CLASSES, EXCLUDE, NOON, Place, content_of
 
 
 class Shell:
@@ -202,6 +206,42 @@ def test_a_forgotten_agent_loses_its_snapshots_and_nobody_else_does(shell: Shell
     assert shell.run("forget", "jay")[0] == 4
     assert [head["agent"] for head in shell.json("list")] == ["z"]
     assert shell.recorded().count("forget") == 2
+
+
+def test_with_the_last_snapshot_goes_what_else_is_kept_of_an_agent(shell: Shell) -> None:
+    shell.json("backup", "--tier", "weekly")
+    repo, jay = Repository(shell.base / "repo"), shell.jay.agent
+    for name in ("z", "jay"):
+        write_note(repo, name, Note(tried_at=NOON, ok=True, proven_at=NOON))
+    held = {"SOUL.md": Held(None, "first-seen", NOON)}
+    ApprovedStates(repo).accept("jay", jay.scope(["charter"]), held, lambda _: None)
+    repo.record_failure("weekly", "jay", now=NOON)
+    pinned = shell.json("list", "--agent", "jay")[0]["id"]
+    shell.run("pin", pinned)
+    assert shell.json("forget", "jay", "--yes", code=1)["also"] == []
+    assert note_of(repo, "jay") is not None, "something is left, so it is not forgotten"
+    shell.run("unpin", pinned)
+    assert shell.json("forget", "jay", "--yes")["also"] == [PROOF]
+    assert ApprovedStates(repo).load("jay") is not None, "it is configured: what was approved still holds"
+    agents = json.loads((shell.config / "agents.json").read_text())
+    del agents["agents"]["jay"]
+    (shell.config / "agents.json").write_text(json.dumps(agents))
+    assert shell.json("forget", "jay", "--dry-run")["also"] == [APPROVED]
+    assert shell.json("forget", "jay")["also"] == [APPROVED]
+    assert shell.run("forget", "jay")[0] == 4
+    assert note_of(repo, "z") is not None
+    left = [path.name for path in repo.hidden.rglob("*") if path.is_file() and "jay" in path.name]
+    assert all(path.startswith(("tree.", "take.", "approved.")) for path in left), "only empty lock files"
+
+
+@pytest.mark.parametrize("name", ["../pins/x", "..", "", "a/b", ".hidden"])
+def test_forget_takes_no_path_for_an_agent(shell: Shell, name: str) -> None:
+    shell.json("backup", "--tier", "weekly")
+    bait = shell.base / "repo" / ".agent-backup" / "pins"
+    bait.mkdir()
+    (bait / "x.json").write_text("{}")
+    assert shell.run("forget", name, "--yes")[0] == 4
+    assert (bait / "x.json").exists()
 
 
 def test_verify_heals_what_has_a_sound_copy(shell: Shell) -> None:

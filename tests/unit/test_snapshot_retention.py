@@ -165,3 +165,16 @@ def test_what_dead_processes_left_is_swept_and_what_living_ones_use_is_not(place
         assert place.repo.sweep() == 2
         assert mine.is_dir()
     assert not mine.exists()
+
+
+def test_the_dates_of_a_snapshot_that_is_gone_are_not_those_of_the_next_one_of_its_name(place: Place) -> None:
+    ids = take(place, 3)
+    place.repo.record_verified(ids[0], now=NOON, ok=False)
+    notes = place.repo.hidden / "damaged"
+    name = os.listdir(notes)[0]
+    assert place.repo.delete(ids[0])
+    # What a prune leaves that is killed between the last two calls of a deletion.
+    (notes / name).touch()
+    prune(place.repo, plan_prune(place.repo, {"daily": Policy(2)}, now=NOON + 9))
+    assert place.take(slot=ids[0].split("/")[1], now=NOON + 10).id == ids[0]
+    assert not place.repo.get_head(ids[0]).damaged

@@ -14,14 +14,18 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+from backup_worker.snapshots import parts
 from backup_worker.snapshots.copier import Changed, Copier, Previous, Sleep, Unreadable, entry_of, kind_of
 from backup_worker.snapshots.disk import Tree, order
 from backup_worker.snapshots.listing import Signature, list_scope, signature
 from backup_worker.snapshots.manifest import Entry, Problem
+from backup_worker.snapshots.parts import in_parts
 from backup_worker.snapshots.scope import Scope
 from em_bridge import clock
 
@@ -113,13 +117,41 @@ class Capture:
         self._take_all(todo, found)
         return bool(gone or todo)
 
-    def _take_all(self, paths: Iterable[str], found: Found) -> None:
+    def _take_all(self, paths: Sequence[str], found: Found) -> None:
+        """Take folders and links, then the files; those with several names last, when the first of each is there."""
+        files: list[str] = []
+        twins: list[str] = []
         for path in paths:
             info = found[path]
             if not stat.S_ISREG(info.st_mode):
                 self._take_other(path, info)
-            elif not self._take_small(path, info):
+            else:
+                (files if info.st_nlink < 2 else twins).append(path)
+        if len(files) >= parts.FROM:
+            self._take_in_parts(files, found)
+        else:
+            self._take_files(files, found)
+        self._take_files(twins, found)
+
+    def _take_files(self, paths: Sequence[str], found: Found) -> None:
+        for path in paths:
+            if not self._take_small(path, found[path]):
                 self._take_file(path)
+
+    def _take_in_parts(self, paths: Sequence[str], found: Found) -> None:
+        def take(part: Sequence[str]) -> Any:
+            self._take_files(part, found)
+            taken = [
+                (_as_row(self.done.entries[p]), self._signatures[p]) for p in part if p in self.done.entries
+            ]
+            return taken, [(path, self._given_up[path].problem) for path in part if path in self._given_up]
+
+        for _, (taken, given_up) in in_parts(paths, take):
+            for row, known in taken:
+                entry = _from_row(row)
+                self.done.entries[entry.path] = entry
+                self._signatures[entry.path] = tuple(known)
+            self._given_up |= {path: Problem(path, why) for path, why in given_up}
 
     def _drop(self, path: str) -> None:
         self.store.remove(path)
@@ -210,3 +242,14 @@ class Capture:
         except (ValueError, RecursionError):
             return True
         return False
+
+
+_ENTRY_FIELDS = tuple(item.name for item in fields(Entry))
+_as_row = attrgetter(*_ENTRY_FIELDS)
+"""What another process says of an entry."""
+
+
+def _from_row(row: Sequence[Any]) -> Entry:
+    values = dict(zip(_ENTRY_FIELDS, row, strict=True))
+    values["xattrs"] = tuple((name, value) for name, value in values["xattrs"])
+    return Entry(**values)

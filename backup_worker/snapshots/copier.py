@@ -9,7 +9,6 @@ FileNotFoundError; errors of the repository's side (a full disk) any other OSErr
 from __future__ import annotations
 
 import base64
-import contextlib
 import errno
 import hashlib
 import os
@@ -56,7 +55,7 @@ class Previous:
 
 
 class Copier:
-    """Copies files from `source` to `store`; `scratch` is a folder beside it to make for work in progress."""
+    """Copies files from `source` to `store`; `scratch` is how a folder beside it begins, made for work in progress."""
 
     def __init__(
         self, source: Tree, store: Tree, scratch: Path, previous: Previous | None, sleep: Sleep
@@ -278,9 +277,8 @@ class Copier:
         return entry_of(path, before, sha256=digest, size=size)
 
     def _copy_database(self, path: str, fd: int, before: os.stat_result) -> Entry:
-        self.scratch.mkdir(0o700, exist_ok=True)
         try:
-            copy = sqlite.copy_database(self.source, path, fd, self.scratch)
+            copy = sqlite.copy_database(self.source, path, fd, self._workbench())
         except sqlite.Unstable as error:
             raise Changed from error
         copy.chmod(0o600)
@@ -302,19 +300,24 @@ class Copier:
         folder, _, name = entry.path.rpartition("/")
         if self._link_new(folder, name):
             return True
-        spare = f"{self.scratch.name}-link"
+        spare = self._workbench() / "link"
         try:
             old_folder, new_folder = self.previous.files.folder(folder), self.store.folder(folder)
             # Linked under a spare name first: if the previous snapshot's file is gone, the copy is still there.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(spare, dir_fd=self.store.fd)
-            os.link(name, spare, src_dir_fd=old_folder, dst_dir_fd=self.store.fd, follow_symlinks=False)
+            spare.unlink(missing_ok=True)
+            os.link(name, spare, src_dir_fd=old_folder, follow_symlinks=False)
         except OSError as error:
             if error.errno in _NO_LINK:
                 return False
             raise
-        os.rename(spare, name, src_dir_fd=self.store.fd, dst_dir_fd=new_folder)
+        os.rename(spare, name, dst_dir_fd=new_folder)
         return True
+
+    def _workbench(self) -> Path:
+        """Return a folder beside the store, for this process alone."""
+        folder = self.scratch.with_name(f"{self.scratch.name}-{os.getpid()}")
+        folder.mkdir(0o700, exist_ok=True)
+        return folder
 
 
 def _beginning(fd: int) -> bytes:

@@ -36,7 +36,7 @@ from backup_worker.snapshots.repository import Repository
 from backup_worker.snapshots.sanity import Limits, Look, judge
 from backup_worker.snapshots.scope import WORKSHOP, AgentFiles
 from backup_worker.snapshots.together import Sync, Work, alone
-from backup_worker.snapshots.verify import read_back
+from backup_worker.snapshots.verify import read_all_back
 from em_bridge.errors import NotFound, UsageError
 
 Attest = Callable[[Mapping[str, Entry]], tuple[bool, str | None]]
@@ -230,7 +230,7 @@ class _Taking:
 
     def _prove(self, capture: Capture, store: Tree, look: Look) -> Work[None]:
         """Read everything back from the disk, and look at it; heal a shared file that has gone bad."""
-        bad = [entry for entry, _ in read_back(store, capture.done.entries.values(), look)]
+        bad = [entry for entry, _ in read_all_back(store, capture.done.entries.values(), look)]
         damaged = [entry for entry in bad if entry.linked]
         if damaged and self.previous is not None:
             for entry in damaged:
@@ -240,7 +240,7 @@ class _Taking:
             self.repo.record_verified(self.previous.id, now=self.head.created_at, ok=False)
             capture.take_again([entry.path for entry in damaged])
             yield Sync(store.fd)
-            bad = [entry for entry, _ in read_back(store, capture.done.entries.values(), look)]
+            bad = [entry for entry, _ in read_all_back(store, capture.done.entries.values(), look)]
         if bad:
             raise SnapshotError(
                 f"backing up “{self.agent.name}” failed: “{printable(bad[0].path)}” came back from the disk changed",

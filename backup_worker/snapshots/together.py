@@ -15,6 +15,7 @@ import os
 import selectors
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,10 +138,11 @@ def shared_out(
 
     `run` is called in each process with an iterator over the numbers that fall to it, and yields each with a result
     that JSON can hold. A work that a process took and never answered for (it was killed) comes with None. The child
-    processes die with this one; they share nothing with it but what was there before.
+    processes die with this one; they share nothing with it but what was there before. A child's own works are not
+    shared out again.
     """
     processes = min(processes or len(os.sched_getaffinity(0)), count)
-    if processes < 2:
+    if processes < 2 or _is_child:
         yield from run(iter(range(count)))
         return
     # All is in the pipe before anybody reads: each token is read once, and in order. (A file with a shared offset would
@@ -172,6 +174,10 @@ def shared_out(
             os.waitpid(pid, 0)
 
 
+_is_child = False
+"""Whether this process is one among several already."""
+
+
 def _start(
     share: Callable[[], Iterator[int]], run: Callable[[Iterator[int]], Iterator[tuple[int, Any]]]
 ) -> tuple[int, int]:
@@ -192,6 +198,8 @@ def _start(
             signal.signal(one, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before - _ENDING)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        global _is_child
+        _is_child = True
         if os.getppid() == parent:
             # It lives for seconds and holds nothing in circles: looking for those took a tenth of its time.
             gc.disable()
@@ -202,7 +210,8 @@ def _start(
     except (KeyboardInterrupt, BrokenPipeError):
         code = 130
     except BaseException:  # noqa: BLE001 - a fault of ours: said here, because nobody above sees it
-        sys.excepthook(*sys.exc_info())
+        # In one piece: another process may be saying the same.
+        os.write(sys.stderr.fileno(), traceback.format_exc().encode())
     finally:
         # Nothing of the parent's (buffers, exit handlers, tests) may run a second time in here.
         os._exit(code)

@@ -1,0 +1,98 @@
+"""The many files of one agent go through several processes; nothing else about its snapshot is different."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from backup_worker.snapshots import copier, parts, verify_snapshot
+from backup_worker.snapshots.parts import in_parts
+from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves, without_privileges
+
+
+@pytest.fixture(autouse=True)
+def _few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "FROM", 10)
+    monkeypatch.setattr(parts, "PART", 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+
+
+def filled(base: Path) -> Place:
+    """Make an agent with some files of every kind."""
+    place = Place(base).fill()
+    for number in range(60):
+        place.write(f"memory/{number % 5}/{number}.json", f'{{"number": {number}}}')
+    place.write("skills/broken.py", "def broken(:\n")
+    place.write(b"memory/\xff\n.txt".decode("utf-8", "surrogateescape"), "a name that is not UTF-8")
+    os.setxattr(place.root / "memory/3/3.json", "user.mood", b"fine")
+    os.link(place.root / "memory/1/1.json", place.root / "memory/2/twin.json")
+    (place.root / "memory" / "link").symlink_to("1/1.json")
+    return place
+
+
+def test_a_snapshot_made_by_several_processes_is_the_one_that_one_process_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copier, "TRUST_S", -1.0)
+    place = filled(tmp_path)
+    many = place.take(slot="many", unchanged="link")
+    again = place.take(slot="again", now=NOON + 1, unchanged="link")
+    monkeypatch.setattr(parts, "FROM", 10**6)
+    one = place.take(tier="other", slot="one", now=NOON + 2)
+    assert many.entries == one.entries
+    assert many.problems == again.problems == one.problems
+    assert [problem.path for problem in many.problems] == ["skills/broken.py"]
+    for made in (many, again, one):
+        assert content_of(place.repo.path(made.id) / "files") == content_of(place.root)
+        assert coreutils_proves(place.repo.path(made.id))
+    assert all(entry.linked for entry in again.entries if entry.kind == "file" and not entry.hardlink)
+
+
+def test_damage_is_found_and_healed_whichever_process_reads_it(tmp_path: Path) -> None:
+    place = filled(tmp_path)
+    first = place.take(slot="1", unchanged="link")
+    for number in (0, 17, 59):
+        place.stored(first.id, f"memory/{number % 5}/{number}.json").write_text("rotten")
+    bad = {"memory/0/0.json", "memory/2/17.json", "memory/4/59.json"}
+    second = place.take(slot="2", now=NOON + 1, unchanged="link")
+    assert verify_snapshot(place.repo, second.id, NOON) == []
+    assert len(second.warnings) == 3
+    assert {problem.path for problem in verify_snapshot(place.repo, first.id, NOON)} == bad
+
+
+def test_files_that_another_process_could_not_read_are_named() -> None:
+    with without_privileges() as base:
+        place = Place(base).fill()
+        for number in range(30):
+            place.write(f"memory/{number}.txt", "x")
+        (place.root / "memory" / "7.txt").chmod(0)
+        made = place.take()
+        assert made.status == "partial"
+        assert [problem.path for problem in made.problems] == ["memory/7.txt"]
+
+
+def test_a_part_whose_process_was_killed_is_done_again() -> None:
+    here = os.getpid()
+
+    def work(part: Sequence[int]) -> int:
+        if 8 in part and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sum(part)
+
+    done = list(in_parts(range(50), work))
+    assert sum(result for _, result in done) == sum(range(50))
+    assert sorted(item for part, _ in done for item in part) == list(range(50))
+
+
+def test_what_fails_in_a_part_fails_here() -> None:
+    def work(part: Sequence[int]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        list(in_parts(range(50), work))
+    assert caught.value.errno == errno.ENOSPC

@@ -100,7 +100,10 @@ def propose(name: str, root: Path, inner: Sequence[str]) -> Found:
     classes = {kind: list(patterns) for kind, patterns in USUAL.items()}
     counts = dict.fromkeys((*USUAL, "other"), 0)
     found = Found(name, root, classes, [], [*EXCLUDED, *(f"{escaped(path)}/**" for path in inner)], counts)
-    found.critical = name == "em"
+    if name == "em":
+        found.critical = True
+        # Where the EM exports the log of messages to: what rebuilds a lost Redis must not wait for Sunday.
+        classes["memory"].append("message-log/**")
     notes, weights = _Notes(), []
     for path in _paths(root, found.exclude):
         kind, pattern = _class_of(path)

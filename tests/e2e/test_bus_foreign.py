@@ -14,6 +14,7 @@ import pytest
 from em_bridge import Agent, streams
 from em_bridge.events import decode
 from em_bridge.monitor import read_record
+from tests import documents
 from tests.integration.conftest import ValkeyServer
 from tests.integration.processes import Process, em_bridge, eventually
 from tests.small_fleet import SmallFleet
@@ -108,3 +109,25 @@ def test_a_program_in_node_is_a_full_member_of_the_fleet(
     }  # fmt: skip
     letters = [decode(fields) for _, fields in streams.read_range(client, streams.DEAD_LETTER)]
     assert letters == []
+
+
+def test_the_agent_in_node_that_the_documents_show_sends_and_receives(
+    valkey: ValkeyServer, tmp_path: Path, program: Path
+) -> None:
+    example = program.with_name("example.mjs")
+    example.write_text(documents.block("node").text)
+    with (
+        em_bridge(tmp_path, "em", valkey.url, "em") as em,
+        Agent("jay", valkey.url, outbox=tmp_path / "jay") as jay,
+    ):
+        eventually(lambda: "jay is ALIVE" in em.err.read_text())
+        with Process(tmp_path, "node", "node", str(example), env={"REDIS_URL": valkey.url}) as node:
+            message = jay.receive(20)
+            assert message is not None and (message.sender, message.payload) == ("node", b"hello from node")
+            jay.ack(message)
+            jay.send("node", b"good morning")
+            assert node.process.wait(30) == 0, node.err.read_text()
+        assert node.lines() == ["jay says: good morning"]
+    client = valkey.client()
+    assert client.xpending(streams.inbox("node"), streams.INBOX_GROUP)["pending"] == 0
+    assert client.xlen(streams.DEAD_LETTER) == 0

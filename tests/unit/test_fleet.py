@@ -214,6 +214,12 @@ def test_databases_are_memory_wherever_they_lie(tmp_path: Path) -> None:
     assert {"data/facts.sqlite3", "brain.db"} < set(z.files["memory"])
 
 
+def test_the_log_of_messages_is_the_memory_of_the_em(tmp_path: Path) -> None:
+    make(tmp_path, "em/SOUL.md", "z/SOUL.md")
+    memory = {name: one.files["memory"] for name, one in found(tmp_path).items()}
+    assert "message-log/**" in memory["em"] and "message-log/**" not in memory["z"]
+
+
 def test_weights_in_a_folder_of_their_own_are_weights(tmp_path: Path) -> None:
     make(tmp_path / "z", "SOUL.md", "weights/deep/model.json", "weights/model.safetensors")
     z = found(tmp_path)["z"]

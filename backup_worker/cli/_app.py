@@ -15,6 +15,7 @@ GROUPS: tuple[str, ...] = (
     "drill",
     "recovery",
     "changes",
+    "revert",
     "status",
     "alerts",
     "letters",

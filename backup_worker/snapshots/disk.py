@@ -182,11 +182,21 @@ def write_file(tree: Tree, path: str, content: bytes, mode: int = 0o600, *, sync
             os.fsync(file.fileno())
 
 
-def replace_file(tree: Tree, path: str, content: bytes) -> None:
-    """Put `content` under the name `path` in one step, on the disk before this returns."""
+def replace_file(
+    tree: Tree, path: str, content: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None
+) -> None:
+    """Put `content` under the name `path` in one step, on the disk before this returns; `owner` is uid and gid."""
     fresh = path + ".new"
     tree.remove(fresh)
-    write_file(tree, fresh, content)
+    write_file(tree, fresh, content, sync=False)
+    fd = tree.open(fresh, os.O_RDONLY)
+    try:
+        if owner is not None and os.geteuid() == 0:
+            os.fchown(fd, *owner)
+        os.fchmod(fd, mode)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
     folder, name = tree.at(path)
     os.rename(name + ".new", name, src_dir_fd=folder, dst_dir_fd=folder)
     os.fsync(folder)

@@ -65,6 +65,8 @@ class Drill:
     took_s: float = 0.0
     problems: tuple[Problem, ...] = ()
     health: Health | None = None
+    owners: bool = False
+    """Whether owners were compared: only root can give files to others, so that only then they come back."""
 
     @property
     def ok(self) -> bool:
@@ -82,6 +84,7 @@ class Drill:
             "took_s": round(self.took_s, 3),
             "problems": [problem.as_json() for problem in self.problems],
             "health": self.health.as_json() if self.health else None,
+            "owners": self.owners,
         }
 
 
@@ -130,7 +133,7 @@ def rehearse(config: Config, repo: Repository, name: str, *, now: float) -> tupl
     reserve_bytes = config.schedule.limits.reserve_bytes
     started = clock.monotonic()
     good = {head.id for head in repo.snapshots(name) if head.is_good}
-    done = Drill(agent=name, at=now)
+    done = Drill(agent=name, at=now, owners=os.geteuid() == 0)
     problems: list[Problem] = []
     try:
         plan = plan_restore(repo, agent)
@@ -168,7 +171,7 @@ def _examine(plan: RestorePlan, agent: AgentFiles, target: Path) -> list[Problem
     """Compare what came out with the manifests, and judge it as a snapshot is judged."""
     wanted = {path: entry for path, entry in plan.by_path.items() if path != "."}
     with Tree(target) as tree:
-        problems = list(_differences(tree, wanted))
+        problems = list(_differences(tree, wanted, owners=os.geteuid() == 0))
         problems += [
             Problem(entry.path, "came back changed")
             for entry in unproven(tree, wanted.values())
@@ -180,14 +183,17 @@ def _examine(plan: RestorePlan, agent: AgentFiles, target: Path) -> list[Problem
     return problems + [doubt for doubt in doubts if doubt.path not in differing]
 
 
-def _differences(tree: Tree, wanted: Mapping[str, Entry]) -> Iterator[Problem]:
+def _differences(tree: Tree, wanted: Mapping[str, Entry], *, owners: bool) -> Iterator[Problem]:
     missing = dict(wanted)
     kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
     for path, info in disk.walk(tree):
         entry = missing.pop(path, None)
         if entry is None:
             yield Problem(path, "is in no snapshot")
-        elif kinds.get(stat.S_IFMT(info.st_mode)) != entry.kind:
+            continue
+        if owners and (info.st_uid, info.st_gid) != (entry.uid, entry.gid):
+            yield Problem(path, f"belongs to {info.st_uid}:{info.st_gid}, not {entry.uid}:{entry.gid}")
+        if kinds.get(stat.S_IFMT(info.st_mode)) != entry.kind:
             yield Problem(path, f"is no {entry.kind}")
         elif entry.kind == "link":
             folder, name = tree.at(path)

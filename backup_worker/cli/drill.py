@@ -57,6 +57,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["ok"]:
             well = ", and is well" if row["health"] else ""
+            well += "" if row["owners"] else "; owners come back only as root, and were not compared"
             sources = ", ".join(row["from"])
             typer.echo(
                 f"{row['agent']}: restored {row['files']} files, {size(row['bytes'])} from {sources} "

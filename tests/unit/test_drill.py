@@ -18,6 +18,7 @@ from backup_worker import alerts, drill, maintain, proofs
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Manifest, execute, plan_restore, take_snapshot
 from em_bridge.errors import NotFound
+from tests.agent_on_disk import NOBODY
 from tests.small_fleet import SmallFleet
 from tests.unit.test_scrub import flip
 
@@ -199,6 +200,25 @@ def test_every_difference_from_the_manifest_is_seen(
         f"{problem.path}: {problem.problem}" for problem in drill._examine(plan, agent, tmp_path / "out")
     ]
     assert reason in found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_owners_come_back_and_are_compared_where_that_is_possible(
+    fleet: SmallFleet, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.chown(fleet.root() / "SOUL.md", NOBODY, NOBODY)
+    take(runtime)
+    done = drill.run(runtime, "z", SEVEN + 5)
+    assert (done.ok, done.owners, done.as_json()["owners"]) == (True, True, True)
+    agent = runtime.config.files_of("z")
+    plan = plan_restore(runtime.repository, agent)
+    execute(plan, tmp_path / "out", evidence=None, now=SEVEN)
+    os.chown(tmp_path / "out" / "SOUL.md", 0, NOBODY)
+    (problem,) = drill._examine(plan, agent, tmp_path / "out")
+    assert problem.problem == f"belongs to 0:{NOBODY}, not {NOBODY}:{NOBODY}"
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert not drill.Drill(agent="z", at=SEVEN).owners
+    assert drill._examine(plan, agent, tmp_path / "out") == [], "who is not root cannot give them back"
 
 
 # -- the health command ------------------------------------------------------------------------------------

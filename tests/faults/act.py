@@ -1,6 +1,7 @@
 """One operation of the snapshot engine in a process of its own, to be killed or starved: `act.py OPERATION BASE`.
 
-Exit code 0: done; 3: it failed with an error of ours, as it should; anything else is a fault.
+Exit code 0: done; 3: it failed with an error of ours, as it should, or (a list) went on without what it could not
+keep; anything else is a fault.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from backup_worker.snapshots import (
     execute,
     finish_interrupted,
     heal_snapshot,
+    index,
     plan_prune,
     plan_restore,
     prune,
     swap,
 )
+from backup_worker.snapshots.repository import INDEX
 from backup_worker.snapshots.take import taking
 from backup_worker.snapshots.together import together
 from em_bridge.errors import AgentBackupError
@@ -48,6 +51,11 @@ def act(operation: str, place: Place) -> None:
                 raise outcome.error
     elif operation == "heal":
         heal_snapshot(place.repo, "daily/s3/z", NOON + 100)
+    elif operation == "list":
+        index.WRITE_FROM, index.SETTLED_S = 1, -1e9
+        assert len(place.repo.snapshots()) == 4
+        if not index.load(place.repo.hidden / INDEX):
+            sys.exit(3)
     elif operation in ("restore", "restore-inside"):
         if operation == "restore-inside":
             swap.choose = swap.inside

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker.snapshots import finish_interrupted, verify_snapshot
+from backup_worker.snapshots import finish_interrupted, index, verify_snapshot
+from backup_worker.snapshots.repository import INDEX
 from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves
 from tests.faults.act import act
 from tests.tools import needs
@@ -233,6 +234,27 @@ def test_backups_that_wait_together_killed_anywhere_leave_only_whole_snapshots(t
         assert os.listdir(place.repo.hidden / "staging") == []
 
     strike_everywhere("several", tmp_path, "signal=SIGKILL", judge, prepared=prepare_two)
+
+
+@pytest.mark.parametrize("inject", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
+def test_a_list_struck_anywhere_while_it_writes_its_memory_leaves_the_old_or_the_new_one(
+    tmp_path: Path, inject: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "WRITE_FROM", 1)
+
+    def judge(place: Place, code: int, said: str) -> None:
+        assert code in (0, -9, 137) if "KILL" in inject else code in (0, 3), said
+        assert "Traceback" not in said
+        heads, unreadable = place.repo.survey()
+        assert [head.slot for head in heads] == ["s0", "s1", "s2", "s3"]
+        assert unreadable == []
+        act("list", place)
+        assert len(index.load(place.repo.hidden / INDEX)) == 4
+        place.repo.sweep()
+        if "KILL" in inject:
+            nothing_left_over(place)
+
+    strike_everywhere("list", tmp_path, inject, judge)
 
 
 def prepare_rot(base: Path) -> Place:

@@ -1,4 +1,7 @@
-"""Any order of backups, changes, prunes, pins, damage, healing and restores keeps the promises: against a model."""
+"""Any order of backups, changes, prunes, pins, damage, healing, restores and forgetting keeps the promises: a model.
+
+The memory of heads is at work all the while, and is damaged, cut off, and put back to an older one at will.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,14 @@ from backup_worker.snapshots import (
     copier,
     execute,
     heal_snapshot,
+    index,
     plan_prune,
     plan_restore,
     prune,
     verify_snapshot,
 )
+from backup_worker.snapshots.repository import INDEX
+from backup_worker.snapshots.retention import forget, plan_forget
 from backup_worker.snapshots.sanity import Limits
 from em_bridge.errors import NotFound
 from tests.agent_on_disk import NOON, Place, content_of
@@ -53,6 +59,7 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.older_memory = b""
         self.place = Place(Path(tempfile.mkdtemp(prefix="agent-backup-model-")))
         self.files: Files = {}
         self.known: dict[str, Known] = {}
@@ -129,6 +136,42 @@ class Life(RuleBasedStateMachine):
         for identifier in deleted:
             del self.known[identifier]
 
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def verify(self, data: st.DataObject) -> None:
+        identifier = data.draw(st.sampled_from(sorted(self.known)))
+        known = self.known[identifier]
+        problems = verify_snapshot(self.place.repo, identifier, NOON)
+        assert {problem.path for problem in problems} == known.rotten
+        assert self.place.repo.get_head(identifier).damaged == bool(known.rotten)
+
+    @precondition(lambda self: len(self.known) > 3)
+    @rule()
+    def forget(self) -> None:
+        repo = self.place.repo
+        deleted = forget(repo, self.place.name, plan_forget(repo, self.place.name))
+        assert set(deleted) == {identifier for identifier, known in self.known.items() if not known.pinned}
+        for identifier in deleted:
+            del self.known[identifier]
+
+    @rule(position=st.integers(0, 1 << 16), flip=st.integers(0, 255))
+    def damage_the_memory(self, position: int, flip: int) -> None:
+        content = bytearray(self.memory.read_bytes() if self.memory.exists() else b"") or bytearray(b"heads")
+        content[position % len(content)] ^= flip
+        self.memory.parent.mkdir(parents=True, exist_ok=True)
+        self.memory.write_bytes(content if position % 3 else content[: position % len(content)])
+
+    @rule(put_back=st.booleans())
+    def remember_the_past(self, put_back: bool) -> None:
+        if put_back:
+            self.memory.write_bytes(self.older_memory)
+        elif self.memory.exists():
+            self.older_memory = self.memory.read_bytes()
+
+    @property
+    def memory(self) -> Path:
+        return self.place.repo.hidden / INDEX
+
     @rule()
     def restore(self) -> None:
         sound = [known for known in self.known.values() if known.good and not known.rotten]
@@ -145,8 +188,12 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def the_repository_holds_what_the_model_says(self) -> None:
         repo = self.place.repo
-        assert {head.id for head in repo.snapshots()} == set(self.known)
-        assert repo.unreadable() == []
+        heads, unreadable = repo.survey()
+        assert {head.id: head.pinned for head in heads} == {
+            i: known.pinned for i, known in self.known.items()
+        }
+        assert unreadable == []
+        assert heads == repo.snapshots(self.place.name), "with and without the memory"
         for identifier, known in self.known.items():
             found = self.on_disk(repo.path(identifier) / "files")
             assert {path: c for path, c in found.items() if path not in known.rotten} == {
@@ -160,6 +207,8 @@ class Life(RuleBasedStateMachine):
 def test_any_order_of_what_can_happen_keeps_the_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "SETTLED_S", 0.0)
     monkeypatch.setattr(copier, "HOT_S", 0.0)
+    monkeypatch.setattr(index, "WRITE_FROM", 1)
+    monkeypatch.setattr(index, "SETTLED_S", -1e9)
     life = Life.TestCase
     life.settings = settings(
         max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)

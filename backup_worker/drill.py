@@ -10,17 +10,15 @@ When a restore was last proven stands in the repository's own bookkeeping: see `
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import stat
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backup_worker import rolling, scrub
+from backup_worker import rolling, scratch, scrub
 from backup_worker.config import Config
 from backup_worker.health_command import Health, run_health
 from backup_worker.proofs import Note, note_of, write_note
@@ -45,6 +43,9 @@ from backup_worker.snapshots.sanity import judge
 from backup_worker.snapshots.verify import unproven
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError, NotFound
+
+FOLDER = "drills"
+"""The scratch folders, below the state folder."""
 
 RUN_S = 60.0
 """After how many seconds a scheduled run begins no further drill: other maintenance waits meanwhile."""
@@ -138,7 +139,7 @@ def rehearse(config: Config, repo: Repository, name: str, *, now: float) -> tupl
     try:
         plan = plan_restore(repo, agent)
         done = replace(done, sources=plan.sources, files=plan.files, bytes=plan.bytes)
-        with _scratch(config.schedule.state) as place:
+        with scratch.folder(config.schedule.state / FOLDER) as place:
             _check_space(plan, place, reserve_bytes)
             target = place / "root"
             # A name of its own, for a lock of its own: a drill must hold up no backup and no recovery of the agent.
@@ -213,58 +214,6 @@ def _health_problem(health: Health | None) -> list[Problem]:
     what = "did not end in time" if health.exit_code is None else f"exited with {health.exit_code}"
     last = health.output.strip().rpartition("\n")[2]
     return [Problem(".", f"the health command {what}" + (f": {last}" if last else ""))]
-
-
-# -- scratch folders ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _scratch(state: Path) -> Iterator[Path]:
-    """Yield a fresh private folder below `state`, removed in the end; removes first what killed drills left."""
-    folder = state / "drills"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    sweep(folder)
-    place = folder / uuid.uuid4().hex
-    # Made under another name and taken before it gets its own: no sweep can come in between.
-    making = folder / f".{place.name}"
-    making.mkdir(mode=0o700)
-    fd = os.open(making, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with disk.locked(fd):
-            try:
-                os.rename(making, place)
-                yield place
-            finally:
-                with Tree(folder) as tree:
-                    tree.remove(place.name)
-    finally:
-        os.close(fd)
-
-
-def sweep(folder: Path) -> int:
-    """Remove the scratch folders in `folder` whose drill is dead (the kernel knows); return how many."""
-    swept = 0
-    with Tree(folder) as tree:
-        for name in os.listdir(tree.fd):
-            try:
-                fd = os.open(
-                    name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=tree.fd
-                )
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            try:
-                with disk.locked(fd, wait=False) as free:
-                    if free and not (name.startswith(".") and _is_fresh(fd)):
-                        tree.remove(name)
-                        swept += 1
-            finally:
-                os.close(fd)
-    return swept
-
-
-def _is_fresh(fd: int) -> bool:
-    """Tell whether the folder may have been made this moment, by a drill that has not taken it yet."""
-    return clock.now() - os.fstat(fd).st_ctime < 60.0
 
 
 # -- all agents --------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 The answer is the exit code alone: 0 is well; a command that cannot be run is an answer too. Whatever it has started
 ends with it, and with us. Asked about the living agent, it gets the agent's address of Redis, and neither `AGENT_ROOT`
 nor `AGENT_RUN`, by which it would be taken for the agent itself. Asked about files elsewhere, it sees their folder as
-its home and as `AGENT_ROOT`, `AGENT_DRILL=1`, and no address of Redis: it must judge the files, not speak for the
-living agent.
+its home and as `AGENT_ROOT`, `AGENT_DRILL=1`, and an address at which there is no Redis: it must judge the files, not
+speak for the living agent, also not where that one is found by default.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ OUTPUT_BYTES = 4096
 SAID_CHARACTERS = 500
 CANNOT_RUN = 127
 """The exit code of a shell that does not find its program."""
+
+NO_REDIS = "unix:///dev/null"
+"""An address at which nobody can listen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ def environment(path: str, root: Path, agent: str, redis_url: str | None) -> dic
     clean |= {"PATH": path, "AGENT_ID": agent}
     if redis_url is not None:
         return clean | {"REDIS_URL": redis_url}
-    return clean | {"AGENT_ROOT": str(root), "AGENT_DRILL": "1"}
+    return clean | {"AGENT_ROOT": str(root), "AGENT_DRILL": "1", "REDIS_URL": NO_REDIS}
 
 
 def listen(process: subprocess.Popen[bytes], pipe: int, deadline: float) -> tuple[bytes, bool]:

@@ -14,6 +14,7 @@ GROUPS: tuple[str, ...] = (
     "snapshots",
     "drill",
     "recovery",
+    "bisect",
     "changes",
     "revert",
     "status",

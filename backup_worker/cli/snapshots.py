@@ -251,10 +251,11 @@ def diff_(
     from backup_worker.snapshots import diff
 
     _, repo, _ = opened(config)
-    emit(diff(repo, old, new).as_json(), as_json=as_json, render=_print_diff)
+    emit(diff(repo, old, new).as_json(), as_json=as_json, render=print_diff)
 
 
-def _print_diff(result: dict[str, Any]) -> None:
+def print_diff(result: dict[str, Any]) -> None:
+    """Print a difference as `diff --json` has it."""
     import json
 
     for mark, key in (("+", "added"), ("-", "removed")):

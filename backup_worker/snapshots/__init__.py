@@ -5,7 +5,7 @@ It knows nothing of Redis, RQ or the web, and gets plain dataclasses instead of 
 
 from __future__ import annotations
 
-from backup_worker.snapshots.diff import Difference, KeyChange, compare_json, diff
+from backup_worker.snapshots.diff import Difference, KeyChange, compare_json, diff, diff_states
 from backup_worker.snapshots.errors import DamagedSnapshot, NoSpace, SnapshotError
 from backup_worker.snapshots.evidence import keep_evidence
 from backup_worker.snapshots.heal import Healed, heal_snapshot
@@ -22,7 +22,14 @@ from backup_worker.snapshots.retention import (
 )
 from backup_worker.snapshots.sanity import Limits
 from backup_worker.snapshots.scope import AgentFiles, Hook, Scope
-from backup_worker.snapshots.state import Changes, RestorePlan, compare, good_heads, plan_restore
+from backup_worker.snapshots.state import (
+    Changes,
+    RestorePlan,
+    all_states,
+    compare,
+    good_heads,
+    plan_restore,
+)
 from backup_worker.snapshots.swap import finish_interrupted
 from backup_worker.snapshots.take import take_snapshot
 from backup_worker.snapshots.verify import verify_snapshot
@@ -49,9 +56,11 @@ __all__ = [
     "RetentionPlan",
     "Scope",
     "SnapshotError",
+    "all_states",
     "compare",
     "compare_json",
     "diff",
+    "diff_states",
     "execute",
     "finish_interrupted",
     "good_heads",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from backup_worker.snapshots import disk
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import printable, translated
 from backup_worker.snapshots.manifest import Entry
 from backup_worker.snapshots.repository import Repository
+from backup_worker.snapshots.state import RestorePlan
 
 _JSON_LIMIT_BYTES = 4 << 20
 _MISSING = object()
@@ -104,6 +107,25 @@ def diff(repo: Repository, old_id: str, new_id: str) -> Difference:
                 else:
                     (added if old.scope.covers(path) else outside).append(path)
     return Difference(tuple(added), tuple(removed), tuple(changed), tuple(outside))
+
+
+@translated("comparing")
+def diff_states(old: RestorePlan, new: RestorePlan) -> Difference:
+    """Compare two states, each made of one or several snapshots of the same repository; nothing is `outside`."""
+    repo = old.repo
+    before, after = ({piece.entry.path: piece for piece in state.pieces} for state in (old, new))
+    changed: list[PathChange] = []
+    sources = {*old.sources, *new.sources}
+    with repo.hold(sources), contextlib.ExitStack() as stack:
+        files = {source: stack.enter_context(repo.files(source)) for source in sources}
+        for path in sorted({*before} & {*after}, key=disk.order):
+            one, other = before[path], after[path]
+            if what := _what_changed(one.entry, other.entry):
+                keys = tuple(_key_changes(files[one.source], files[other.source], one.entry, other.entry))
+                changed.append(PathChange(path, what, one.entry.size, other.entry.size, keys))
+    added = sorted({*after} - {*before}, key=disk.order)
+    removed = sorted({*before} - {*after}, key=disk.order)
+    return Difference(tuple(added), tuple(removed), tuple(changed))
 
 
 def _what_changed(one: Entry, other: Entry) -> str | None:

@@ -137,6 +137,21 @@ def plan_restore(
         passed_over.add(damaged)
 
 
+def all_states(repo: Repository, agent: AgentFiles) -> list[RestorePlan]:
+    """Return each state that the snapshots of `agent` make, if it differs from the one before it; oldest first.
+
+    Suspect ones are among them, damaged ones are not. Nothing is proven: `execute` finds damage.
+    """
+    heads = [head for head in repo.snapshots(agent.name) if not head.damaged]
+    states: list[RestorePlan] = []
+    for count in range(1, len(heads) + 1):
+        manifests = _deciding(repo, heads[:count])
+        plan = compose(repo, agent, manifests) if manifests else None
+        if plan is not None and (not states or _content(plan) != _content(states[-1])):
+            states.append(plan)
+    return states
+
+
 def good_heads(repo: Repository, agent: str, as_of: float | None = None) -> list[Head]:
     """Return what a state as of `as_of` may come from, oldest first. Raises NotFound if that is nothing."""
     heads = [h for h in repo.snapshots(agent) if h.is_good and (as_of is None or h.created_at <= as_of)]

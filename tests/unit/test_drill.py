@@ -230,7 +230,7 @@ def test_the_health_command_judges_the_restored_files_and_not_the_living_agent(
     monkeypatch.setenv("REDIS_URL", "redis://nowhere")
     script = (
         "import os; print(open('SOUL.md').read(), "
-        "os.getcwd() == os.environ['AGENT_ROOT'], 'REDIS_URL' in os.environ)"
+        "os.getcwd() == os.environ['AGENT_ROOT'], os.environ['REDIS_URL'])"
     )
     runtime = configure(fleet, client, health=[sys.executable, "-c", script])
     take(runtime)
@@ -238,7 +238,7 @@ def test_the_health_command_judges_the_restored_files_and_not_the_living_agent(
     done = drill.run(runtime, "z", SEVEN + 5)
     assert done.ok
     assert done.health is not None
-    assert done.health.output == "I am z, and this is who I am.\n True False\n"
+    assert done.health.output == "I am z, and this is who I am.\n True unix:///dev/null\n"
 
 
 def test_an_agent_that_is_not_well_on_its_restored_files_fails_the_drill(

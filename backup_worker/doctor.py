@@ -23,6 +23,7 @@ from em_bridge import connection
 from em_bridge.errors import AgentBackupError, ConfigError
 
 OLDEST_MAJOR = {"redis": 7, "valkey": 8}
+EM = "em"
 _SKEW_S = 5.0
 _SANE_SINCE = datetime(2025, 1, 1, tzinfo=UTC).timestamp()
 
@@ -59,6 +60,7 @@ def examine(config_dir: Path, redis_url: str | None, *, now: float, test_alert: 
             for name, agent in config.agents.items()
             for check in _careful(f"agent {name}", _agent(name, agent, config.schedule.state))
         ),
+        *_manager(config),
         *_careful("repository", _repository(config)),
         *_careful("state folder", _state(config)),
         *_careful("history", _history(config)),
@@ -116,6 +118,14 @@ def _agent(name: str, agent: AgentConfig, state: Path) -> Iterator[Check]:
     else:
         yield Check(check, "ok", f"{agent.root} is readable; required and there: {len(agent.required)}")
     yield from _start(name, agent, state)
+
+
+def _manager(config: Config) -> Iterator[Check]:
+    if any(name.lower() == EM for name in config.agents):
+        return
+    detail = "no agent is called “em”: nobody watches heartbeats, unless a program of yours publishes deaths"
+    mend = 'add agents.em with a folder of its own as root, and {"command": ["em-bridge", "em"]} as start'
+    yield Check("manager", "warn", detail, mend)
 
 
 def _start(name: str, agent: AgentConfig, state: Path) -> Iterator[Check]:

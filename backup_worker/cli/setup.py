@@ -121,6 +121,11 @@ def _print_init(directory: Path, written: list[Path], survey: Survey | None) -> 
     ]
     if survey is not None:
         steps.append(_how_to_start(survey.agents))
+        if not any(one.agent == "em" for one in survey.agents):
+            steps.append(
+                "no execution manager was found: to have deaths noticed, add an agent “em” with a folder of its own\n"
+                '     and "start": {"command": ["em-bridge", "em"]}, unless a program of yours publishes them'
+            )
     for number, step in enumerate(steps, 1):
         typer.echo(f"  {number}. {step}")
 
@@ -147,11 +152,12 @@ def _how_to_start(found: list[Found]) -> str:
     likely = next((one for one in found if one.program is not None), None)
     name, program = (likely.agent, likely.program or "") if likely else ("NAME", "agent.py")
     interpreter = {".py": "python3", ".sh": "sh", ".js": "node"}[Path(program).suffix]
+    such = f", such as {name}'s" if likely else ""
     start = json.dumps({"command": ["em-bridge", "run", name, "--", interpreter, program]})
     return (
         'then give each agent its "start", and "depends_on" where order matters: neither can be seen from files.\n'
         "     Until then it is backed up and can be restored, but not be started again after a death. For a program\n"
-        f'     that knows nothing of this, such as {name}\'s: "start": {start}'
+        f'     that knows nothing of this{such}: "start": {start}'
     )
 
 

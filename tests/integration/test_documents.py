@@ -66,6 +66,7 @@ class Reader:
         self.home = home
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.env = {"HOME": str(home), "PATH": path, "LANG": "C.UTF-8", "RESTIC_PASSWORD": "correct horse"}
+        self.env |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
 
     def run(self, text: str, **env: str | Path) -> str:
         """Have a shell run `text`, stopping at the first failure; return what it has printed."""
@@ -116,12 +117,15 @@ def test_a_fleet_comes_under_protection_as_the_text_says(reader: Reader) -> None
 def test_the_first_five_minutes_of_the_readme_are_as_it_says(reader: Reader) -> None:
     for agent in ("z", "jay"):
         write(reader.home / "agents" / agent / "SOUL.md", "I\n")
+    # In a checkout, where a configuration lies already.
+    reader.home = reader.home / "checkout"
     write(reader.home / ".venv" / "bin" / "activate", ":\n")
+    shutil.copytree(documents.ROOT / "config", reader.home / "config")
     said = reader.block("readme")
     assert "weekly/" in said and "jay: good, 1 files" in said and "0 failed" in said
-    (snapshot,) = reader.home.glob("backups/weekly/*/jay")
+    (snapshot,) = reader.home.parent.glob("fleet-backup/backups/weekly/*/jay")
     reader.run('cd "$SNAPSHOT" && sha256sum --check SHA256SUMS && cp -R files ~/again', SNAPSHOT=snapshot)
-    assert (reader.home / "again" / "SOUL.md").read_text() == "I\n"
+    assert (reader.home.parent / "again" / "SOUL.md").read_text() == "I\n"
 
 
 def test_the_agents_that_the_text_shows_can_be_added(reader: Reader) -> None:

@@ -176,6 +176,14 @@ def test_doctor_says_what_a_missing_start_means(fleet: Path) -> None:
     assert checks(fleet.parent)["start of z"].status == "warn"
 
 
+def test_a_fleet_without_an_execution_manager_is_told_that_nobody_notices_deaths(started: Path) -> None:
+    assert "manager" not in checks(started)
+    edit(started, config.AGENTS_FILE, lambda d: d["agents"].pop("em"))
+    assert checks(started)["manager"].status == "warn"
+    said = run("init", "elsewhere", "--from", "fleet/z", cwd=started).stdout
+    assert "no execution manager was found" in said
+
+
 def test_doctor_sees_a_root_that_is_gone(started: Path) -> None:
     shutil.rmtree(started / "fleet" / "z")
     assert checks(started)["agent z"].status == "fail"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from backup_worker import timings
 from backup_worker.config import Tier
 from backup_worker.runtime import Runtime
 from backup_worker.schedule import slot_name
 from backup_worker.snapshots import Manifest, plan_prune, prune, take_snapshot
 from backup_worker.snapshots.take import Attest
+from em_bridge import clock
 
 
 def scheduled(runtime: Runtime, agent: str, tier_name: str, slot: str, *, now: float) -> Manifest:
@@ -47,6 +49,7 @@ def make(
     attest: Attest | None = None,
 ) -> Manifest:
     """Make a snapshot, put it on the record and apply retention; the options are those of `take_snapshot`."""
+    begun = clock.monotonic()
     snapshot = take_snapshot(
         runtime.repository,
         runtime.config.files_of(agent),
@@ -63,6 +66,7 @@ def make(
         on_taken=on_taken,
         limits=runtime.config.snapshot_limits(),
     )
+    timings.note(runtime.client, tier_name, agent, clock.monotonic() - begun)
     _record(runtime, snapshot)
     keep_within(runtime, agent, tier_name, now)
     return snapshot

@@ -92,7 +92,7 @@ def _set_pin(identifier: str, agent: str, *, held: bool) -> Response:
     here = view()
     change = here.runtime.repository.pin if held else here.runtime.repository.unpin
     change(identifier)
-    live().forget()
+    live().shelf.renew(here.runtime.repository, identifier)
     note(here, "pin" if held else "unpin", id=identifier, agent=agent)
     flash("Pinned: retention never deletes it." if held else "Unpinned: retention decides again.", "good")
     return _snapshot_page(identifier)
@@ -130,7 +130,7 @@ def verify(tier: str, slot: str, agent: str) -> Response:
     else:
         words = "Every byte is as it was written." if not problems else f"Damaged: {len(problems)} problems."
         flash(words, "bad" if problems else "good")
-    live().forget()
+    live().shelf.renew(here.runtime.repository, identifier)
     return _snapshot_page(identifier)
 
 

@@ -20,8 +20,10 @@ from flask import Blueprint, Flask, Response, abort, current_app, g
 
 from backup_worker import alerts, due
 from backup_worker.console import fleet
+from backup_worker.console.shelf import stamp
 from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import IncidentStore
+from backup_worker.snapshots import Repository
 from em_bridge import clock, streams
 
 if TYPE_CHECKING:
@@ -128,10 +130,9 @@ class Feed:
     def _look(self) -> dict[str, int]:
         """Return a mark of each topic, which differs if anything in it did."""
         config, problem = self._live.config()
-        found: dict[str, list[Any]] = {FLEET: [problem], HISTORY: [], MESSAGES: []}
-        for topic, path in ((HISTORY, config.schedule.history), (BACKUPS, config.schedule.repository)):
-            found[topic] = [_stamp(path)]
-        found[BACKUPS] += [_stamp(config.schedule.repository / tier) for tier in config.schedule.tiers]
+        found: dict[str, list[Any]] = {FLEET: [problem], MESSAGES: []}
+        found[HISTORY] = [_stamp(config.schedule.history)]
+        found[BACKUPS] = [stamp(Repository(config.schedule.repository))]
         if self._live.client is not None:
             try:
                 _ask(self._live.client, found)

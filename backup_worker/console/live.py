@@ -19,6 +19,7 @@ from backup_worker.config import ConfigWatch
 from backup_worker.console.background import Background
 from backup_worker.console.beats import Beats
 from backup_worker.console.drift import Drifts
+from backup_worker.console.shelf import Shelf
 from backup_worker.console.users import Users
 from backup_worker.console.weights import Weights
 from backup_worker.recovery import breakers
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 SOCKET_TIMEOUT_S = 2.0
 """How long a page waits for Redis: a person who looks at the console while Redis hangs must see that soon."""
-
-HEADS_FRESH_S = 1.0
-"""For how long the list of snapshots is taken from memory: pages refresh by themselves, in several windows."""
 
 Known = TypeVar("Known")
 
@@ -53,9 +51,7 @@ class Live:
             if self._url
             else runtime.client
         )
-        self._heads: list[Head] = []
-        self._heads_until = 0.0
-        self._heads_of: object = None
+        self.shelf = Shelf()
         self.beats = Beats()
         self.drifts = Drifts()
         self.weights = Weights()
@@ -74,28 +70,19 @@ class Live:
             error = self._watch.error
             return self._watch.current, error.message if error else None
 
+    def warm(self) -> None:
+        """Read the snapshots before anybody asks for them."""
+        self.shelf.warm(self.runtime(self._watch.current, None).repository)
+
     def runtime(self, config: Config, client: Redis | None) -> Runtime:
         """Return a runtime of `config` on `client`."""
         return Runtime(config, client, self._url)
 
-    def heads(self, runtime: Runtime) -> list[Head]:
-        """Return the snapshots, oldest first, not older than `HEADS_FRESH_S`."""
-        with self._lock:
-            root = runtime.repository.root
-            if self._heads_of != root or clock.monotonic() >= self._heads_until:
-                self._heads = runtime.repository.snapshots()
-                self._heads_of, self._heads_until = root, clock.monotonic() + HEADS_FRESH_S
-            return self._heads
-
     def close(self) -> None:
         """Begin nothing any more."""
+        self.shelf.close()
         self.drifts.close()
         self.works.close()
-
-    def forget(self) -> None:
-        """Read the snapshots anew at the next question."""
-        with self._lock:
-            self._heads_until = 0.0
 
 
 @dataclass(slots=True)
@@ -141,7 +128,7 @@ class View:
     @property
     def heads(self) -> list[Head]:
         """The snapshots, oldest first."""
-        return self.live.heads(self.runtime)
+        return self.live.shelf.heads(self.runtime.repository)
 
     def known(self, ask: Callable[[Redis], Known], otherwise: Any) -> Known:
         """Return what `ask` learns from Redis, or `otherwise` (an empty thing of that kind) while it is away."""

@@ -12,13 +12,14 @@ from typing import Any
 
 from flask import Flask, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from backup_worker import alerts
+from backup_worker import alerts, proofs, timings
 from backup_worker.console import fleet, traffic
 from backup_worker.console.live import View, view
+from backup_worker.recovery.incident import ESCALATED, RECOVERED, IncidentStore
 
 
 def mount(app: Flask) -> None:
@@ -73,6 +74,21 @@ class _Numbers(Collector):
             "failing", "Whether the last backup failed.", ["agent", "tier"],
             [([agent, cell.tier], 1 if cell.failing else 0) for agent, cell in cells],
         )  # fmt: skip
+        good = [(agent, cell.tier, cell.good) for agent, cell in cells if cell.good is not None]
+        yield _gauge(
+            "bytes", "Size of the newest good snapshot.", ["agent", "tier"],
+            [([agent, tier], head.bytes) for agent, tier, head in good],
+        )  # fmt: skip
+        yield _gauge(
+            "files", "Files in the newest good snapshot.", ["agent", "tier"],
+            [([agent, tier], head.files) for agent, tier, head in good],
+        )  # fmt: skip
+        limits = {cell.tier: cell.limit_s for _, cell in cells if cell.limit_s}
+        yield _gauge(
+            "age_limit_seconds", "Age at which a snapshot is overdue.", ["tier"],
+            [([tier], limit) for tier, limit in limits.items()],
+        )  # fmt: skip
+        yield from self._proofs(now)
         counted = Counter((head.tier, fleet.status_of(head)) for head in self.view.heads)
         yield _gauge(
             "snapshots", "Snapshots by tier and status.", ["tier", "status"],
@@ -83,6 +99,31 @@ class _Numbers(Collector):
             [([tier], at) for tier, _, at in now.runs if at is not None],
         )  # fmt: skip
 
+    def _proofs(self, now: fleet.Fleet) -> Iterator[Metric]:
+        notes = [(card.name, proofs.note_of(self.view.runtime.repository, card.name)) for card in now.cards]
+        proven = [([name], self.view.now - note.proven_at) for name, note in notes if note and note.proven_at]
+        yield _gauge("restore_proven_age_seconds", "Time since a restore was last proven.", ["agent"], proven)
+        failed = [([name], 0 if note.ok else 1) for name, note in notes if note]
+        yield _gauge("restore_drill_failed", "Whether the last drill failed.", ["agent"], failed)
+
+    def _recoveries(self) -> Iterator[Metric]:
+        found = self.view.known(lambda client: list(IncidentStore(client).all()), [])
+        counted = Counter(one.state for one in found)
+        yield _counter(
+            "recoveries", "Recoveries by how they ended.", ["state"],
+            [([state], counted[state]) for state in (RECOVERED, ESCALATED)],
+        )  # fmt: skip
+        newest: dict[str, float] = {}
+        for one in found:
+            if one.closed_at is not None:
+                newest.setdefault(one.agent, one.closed_at - one.opened_at)
+        yield _gauge(
+            "recovery_seconds", "How long the last recovery took.", ["agent"],
+            [([agent], took) for agent, took in sorted(newest.items())],
+        )  # fmt: skip
+        paused = 1 if self.view.pause else 0
+        yield _gauge("recovery_paused", "Whether all recoveries are held.", [], [([], paused)])
+
     def _redis(self, now: fleet.Fleet) -> Iterator[Metric]:
         yield _gauge(
             "agent_state", "1 for the state that an agent is in.", ["agent", "state"],
@@ -92,6 +133,14 @@ class _Numbers(Collector):
         yield _gauge(
             "open_incidents", "Whether a recovery of the agent is going on.", ["agent"], open_incidents
         )
+        yield from self._recoveries()
+        took = self.view.known(timings.last, {})
+        yield _gauge(
+            "duration_seconds", "How long the last backup took.", ["agent", "tier"],
+            [([agent, tier], seconds) for (agent, tier), seconds in sorted(took.items())],
+        )  # fmt: skip
+        if now.dead_letters is not None:
+            yield _gauge("dead_letters", "Events that could not be handled.", [], [([], now.dead_letters)])
         by_severity = Counter(alert.severity for alert in self.view.known(alerts.open_alerts, []))
         yield _gauge(
             "open_alerts", "Open alerts.", ["severity"],
@@ -117,6 +166,13 @@ class _Numbers(Collector):
             "stream_pending_entries", "Entries that a group was given and has not finished.", ["stream", "group"],
             [([stream, group.name], group.pending) for stream, group in groups],
         )  # fmt: skip
+
+
+def _counter(name: str, text: str, labels: list[str], samples: list[Any]) -> Metric:
+    family = CounterMetricFamily(f"agent_backup_{name}", text, labels=labels)
+    for values, number in samples:
+        family.add_metric(values, float(number))
+    return family
 
 
 def _gauge(name: str, text: str, labels: list[str], samples: list[Any]) -> Metric:

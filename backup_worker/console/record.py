@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK_BYTES = 1 << 18
-MAX_BYTES = 12 << 20
+MAX_BYTES = 6 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class Wanted:
         """Return the line, if it is one and is wanted."""
         # Most lines are passed over by this, and never parsed.
         if self.kind.encode() not in raw or self.agent.encode() not in raw:
+            return None
+        if self.text.isalnum() and self.text.isascii() and self.text.lower().encode() not in raw.lower():
             return None
         try:
             line = json.loads(raw)

@@ -125,7 +125,6 @@ def start(tier: str, slot: str, agent: str) -> Any:
             )
         else:
             flash(f"{agent} was not restored: {result['error']}", "bad")
-    live().forget()
     return redirect(url_for("pages.snapshot_page", tier=tier, slot=slot, agent=agent))
 
 

@@ -113,7 +113,7 @@ class ShownQueue(SafeQueue):
             return broken
 
     def compact(self) -> None:
-        """Take the ids of lost jobs out of the queue; RQ's own moves the whole queue aside, and fails on an empty one."""
+        """Take the ids of lost jobs out of the queue; RQ's own moves all of it aside, and fails on an empty one."""
         for job_id in self.get_job_ids():
             if not ShownJob.exists(job_id, connection=self.connection):
                 self.connection.lrem(self.key, 0, job_id)

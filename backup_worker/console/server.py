@@ -43,9 +43,10 @@ def serve(runtime: Runtime, listen: str) -> None:
             f"cannot listen on “{listen}”: {(error.strerror or str(error)).lower()}",
             hint="choose another port with --listen HOST:PORT",
         ) from error
-    log.info("console on http://%s", listen)
     shared: Live = app.extensions["backup-worker-live"]
     events: feed.Feed = app.extensions["backup-worker-feed"]
+    shared.warm()
+    log.info("console on http://%s", listen)
     with _ended_by_signals(events.close):
         try:
             server.run()

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.benchmarks import bus, engine, parts, peers
+from tests.benchmarks import bus, console, engine, parts, peers
 from tests.benchmarks.measure import Settings, Table, machine, remove
 
 BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
     "restart": parts.restart,
     "latency": parts.latency,
     "idle": parts.idle,
+    "console": console.pages,
 }
 
 

@@ -193,7 +193,36 @@ def test_metrics_are_what_prometheus_reads(world: World, visitor: Visitor) -> No
     assert found["agent_backup_open_alerts", "critical"] >= 1
     assert found["agent_backup_stream_lag_entries", "em-router", "em:messages"] == 5
     assert found["agent_backup_redis_up",] == 1
+    assert found["agent_backup_bytes", "daily", "z"] == newest.bytes
+    assert 0 < found["agent_backup_duration_seconds", "daily", "z"] < 60
+    assert found["agent_backup_recoveries_total", "recovered"] == 1
+    assert found["agent_backup_recovery_seconds", "leroy"] == 10
+    assert found["agent_backup_recovery_paused",] == 0
+    assert found["agent_backup_dead_letters",] == 1
     assert ("agent_backup_queue_jobs", "backup") in found
+
+
+def test_the_grafana_dashboard_asks_only_for_numbers_and_labels_that_are_there(visitor: Visitor) -> None:
+    there: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(visitor.get("/metrics").text):
+        for sample in family.samples:
+            there.setdefault(sample.name, set()).update(sample.labels)
+    # It has samples as soon as there was a drill.
+    there.setdefault("agent_backup_restore_proven_age_seconds", {"agent"})
+    document = json.loads((Path(__file__).parents[2] / "config" / "grafana-dashboard.json").read_text())
+    queries = [target["expr"] for panel in document["panels"] for target in panel["targets"]]
+    queries.append(document["templating"]["list"][1]["query"]["query"])
+    assert len(queries) >= 20
+    for query in queries:
+        names = re.findall(r"agent_backup_\w+", query)
+        assert names, query
+        for name in names:
+            assert name in there, query
+        for label in re.findall(r"[{,]\s*(\w+)\s*=", query) + re.findall(r"by \(([^)]*)\)", query):
+            for one in label.split(","):
+                assert any(one.strip() in there[name] for name in names), query
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in document["panels"]]
+    assert len(set(places)) == len(places)
 
 
 def test_while_redis_is_away_the_disk_is_shown_under_a_banner(valkey: ValkeyServer, tmp_path: Path) -> None:

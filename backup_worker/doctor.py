@@ -199,11 +199,11 @@ def _state(config: Config) -> Iterator[Check]:
 
 
 def _history(config: Config) -> Iterator[Check]:
-    from backup_worker.history import History
+    from backup_worker.history import history_of
 
     path = config.schedule.history
     try:
-        report = History(path).verify()
+        report = history_of(config.schedule).verify()
     except FileNotFoundError:
         yield Check("history", "ok", f"{path}: nothing has been recorded yet")
         return
@@ -213,7 +213,8 @@ def _history(config: Config) -> Iterator[Check]:
         )
         return
     if report.ok:
-        yield Check("history", "ok", f"{report.lines} lines, each proves the one before it")
+        vouched = f", and the repository vouches for line {report.noted.seq}" if report.noted else ""
+        yield Check("history", "ok", f"{report.lines} lines, each proves the one before it{vouched}")
     else:
         mend = "find out who changed it (backup-worker history verify); keep a copy, and start a new file"
         yield Check("history", "fail", f"line {report.first_broken}: {report.problem}", mend)
@@ -298,6 +299,8 @@ def _alerts(config: Config, *, test_alert: bool) -> Iterator[Check]:
 
 
 def _approvals(config: Config) -> Iterator[Check]:
+    from backup_worker import signatures
+
     path = config.allowed_signers
     if not path.exists():
         detail = "approvals are by name: whoever reaches Redis can approve in anybody's name"
@@ -305,8 +308,11 @@ def _approvals(config: Config) -> Iterator[Check]:
         yield Check("approvals", "warn", detail, mend)
     elif path.stat().st_mode & 0o022:
         yield Check("approvals", "fail", f"others can write {path}, and so approve", f"chmod 644 {path}")
+    elif not signatures.available():
+        detail = f"{path} exists and ssh-keygen is not installed: nothing counts as approved"
+        yield Check("approvals", "fail", detail, "install OpenSSH's client (Debian: apt-get install openssh-client)")
     else:
-        yield Check("approvals", "ok", f"signatures are checked against {path}")
+        yield Check("approvals", "ok", f"only what somebody in {path} has signed counts as approved")
 
 
 def _existing(path: Path) -> Path:

@@ -12,6 +12,7 @@ from backup_worker import alerts, backups, changes, due, guard_rounds, schedule,
 from backup_worker import drill as drills
 from backup_worker import scrub as scrubbing
 from backup_worker.config import Config
+from backup_worker.history import kept
 from backup_worker.recovery import keeping
 from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime
@@ -46,6 +47,7 @@ def deliver(runtime: Runtime, now: float) -> dict[str, Any]:
 
 def watch(runtime: Runtime, now: float) -> dict[str, Any]:
     """Alert what is missing or stuck: overdue backups and proofs, little space, dead letters, events nobody takes."""
+    kept.write(runtime.redis, runtime.history, now)
     heads = runtime.repository.snapshots()
     overdue = missing_backups(runtime, now, heads)
     config = runtime.config

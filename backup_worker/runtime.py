@@ -6,7 +6,6 @@ full) is kept in Redis and written with the next one that can; that failure is l
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from backup_worker import alerts
 from backup_worker.config import Config
-from backup_worker.history import History
+from backup_worker.history import History, HistoryUnwritable, history_of, kept
 from backup_worker.snapshots import Repository
 from em_bridge import clock
-from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -26,9 +24,6 @@ log = logging.getLogger(__name__)
 
 RECORDED_TTL_S = 7 * 24 * 3600
 """How long it is remembered that something is on the record: longer than any job is run again."""
-
-UNWRITTEN = "backup:history:unwritten"
-"""History lines that wait for the disk, oldest first: JSON."""
 
 
 @dataclass(slots=True)
@@ -56,20 +51,23 @@ class Runtime:
     @property
     def history(self) -> History:
         """The record."""
-        return History(self.config.schedule.history)
+        return history_of(self.config.schedule)
 
     def record(self, kind: str, **facts: Any) -> None:
         """Put a line on the record, or keep it until it can be written."""
         now = clock.now()
-        try:
-            if self.client is not None:
-                self._write_kept(self.client)
+        if self.client is None:
             self.history.append(kind, now=now, **facts)
-        except (AgentBackupError, OSError) as error:
-            log.error("the record cannot be written: %s", error)
-            if self.client is None:
-                raise
-            self.client.rpush(UNWRITTEN, json.dumps({"kind": kind, "now": now, **facts}, default=str))
+        elif kept.waiting(self.client):
+            # Behind those that wait: the record is in the order in which things happened.
+            kept.keep(self.client, kind, now, facts)
+            kept.write(self.client, self.history, now)
+        else:
+            try:
+                self.history.append(kind, now=now, **facts)
+            except HistoryUnwritable as error:
+                log.error("the record cannot be written, its lines wait in Redis: %s", error)
+                kept.keep(self.client, kind, now, facts)
 
     def record_once(self, once: str, kind: str, **facts: Any) -> None:
         """Put a line on the record, unless a call with the same `once` did: for a job that may run twice.
@@ -82,13 +80,6 @@ class Runtime:
         self.record(kind, **facts)
         if self.client is not None:
             self.client.set(mark, b"1", ex=RECORDED_TTL_S)
-
-    def _write_kept(self, client: Redis) -> None:
-        while (line := client.lindex(UNWRITTEN, 0)) is not None:
-            facts = json.loads(line)
-            self.history.append(facts.pop("kind"), now=facts.pop("now"), **facts)
-            # Only now: a crash in between writes the line twice, which is better than not at all.
-            client.lrem(UNWRITTEN, 1, line if isinstance(line, str) else line.decode())
 
     @property
     def policy(self) -> alerts.Policy:

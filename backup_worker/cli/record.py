@@ -67,10 +67,10 @@ def history(
             os.environ["BACKUP_CONFIG"] = str(config)
         return
     from backup_worker.config import load
-    from backup_worker.history import History
+    from backup_worker.history import history_of
 
     schedule = load(config).schedule
-    record, zone = History(schedule.history), schedule.timezone
+    record, zone = history_of(schedule), schedule.timezone
     start = None if since is None else parse_time(since, zone, clock.now())
     if follow:
         earlier = sum(1 for _ in record.read(kind, agent, start)) - last if last else 0
@@ -92,16 +92,17 @@ def history(
 
 
 def verify(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
-    """Prove the record line by line, and say what a chain of hashes cannot prove. Exit 1 if it is broken.
+    """Prove the record line by line, through all its files, and say what cannot be proven. Exit 1 if it is broken.
 
     Example: `backup-worker history verify --json`
     """
     from backup_worker.config import load
-    from backup_worker.history import History
+    from backup_worker.history import history_of
 
-    path = load(config).schedule.history
+    schedule = load(config).schedule
+    path = schedule.history
     try:
-        report = History(path).verify()
+        report = history_of(schedule).verify()
     except FileNotFoundError:
         raise NotFound(
             f"there is no history at “{path}”", hint="nothing has been recorded yet, or the file was removed"
@@ -182,9 +183,12 @@ def _print_report(path: Path, report: Report) -> None:
     if report.ok:
         typer.secho(f"{path}: {report.lines} lines, each proves the one before it", fg="green")
     else:
-        typer.secho(f"{path}: broken at line {report.first_broken}: {report.problem}", fg="red")
+        where = path.with_name(report.file) if report.file else path
+        typer.secho(f"{where}: broken at line {report.first_broken}: {report.problem}", fg="red")
         typer.echo(f"the {report.lines} lines before it are proven")
     typer.echo(f"head: {report.head}")
+    if report.noted is not None:
+        typer.echo(f"the repository vouches for line {report.noted.seq}: {report.noted.hash}")
     _print_list("not proven:", report.unproven)
 
 

@@ -35,11 +35,11 @@ def add_commands(app: typer.Typer) -> None:
 def opened(config_dir: Any) -> tuple[Config, Repository, History]:
     """Return the configuration, and the repository and record that it names. Raises ConfigError."""
     from backup_worker.config import load
-    from backup_worker.history import History
+    from backup_worker.history import history_of
     from backup_worker.snapshots import Repository
 
     config = load(config_dir)
-    return config, Repository(config.schedule.repository), History(config.schedule.history)
+    return config, Repository(config.schedule.repository), history_of(config.schedule)
 
 
 def backup(

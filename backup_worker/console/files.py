@@ -49,7 +49,7 @@ def file(tier: str, slot: str, agent: str, number: int) -> Response:
         raise NotFound("there is no such file in this snapshot")
     note(here, "download", id=identifier, agent=agent, path=printable(entry.path))
     name = posixpath.basename(entry.path)
-    answer = attachment(_watched(here, manifest, _one(here, manifest, entry)), name)
+    answer = attachment(_watched(here, g.who, manifest, _one(here, manifest, entry)), name)
     answer.content_length = entry.size
     return answer
 
@@ -60,7 +60,7 @@ def archive(tier: str, slot: str, agent: str) -> Response:
     here, identifier = view(), f"{tier}/{slot}/{agent}"
     manifest = here.runtime.repository.get(identifier)
     note(here, "download", id=identifier, agent=agent)
-    blocks = _watched(here, manifest, _tar(here, manifest))
+    blocks = _watched(here, g.who, manifest, _tar(here, manifest))
     return attachment(blocks, f"{tier}-{slot}-{agent}.tar")
 
 
@@ -83,9 +83,9 @@ def attachment(blocks: Iterator[bytes], name: str) -> Response:
     return answer
 
 
-def _watched(here: View, manifest: Manifest, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _watched(here: View, who: str, manifest: Manifest, blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Pass on `blocks`; a file that is not as written is noted, told, and ends the connection."""
-    runtime, who = here.runtime, g.who
+    runtime = here.runtime
     try:
         yield from blocks
     except NotAsWritten as error:

@@ -10,13 +10,15 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Sequence
 
-from backup_worker.snapshots import disk
+from backup_worker.snapshots import disk, parts
 from backup_worker.snapshots.copying import as_folder, copy_any, copy_file
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.manifest import Entry
+from backup_worker.snapshots.parts import in_parts
 from backup_worker.snapshots.scope import WORKSHOP, Scope
-from backup_worker.snapshots.state import RestorePlan, is_special
+from backup_worker.snapshots.state import Piece, RestorePlan, is_special
 
 
 def stage(plan: RestorePlan, staged: Tree) -> list[Entry]:
@@ -25,27 +27,51 @@ def stage(plan: RestorePlan, staged: Tree) -> list[Entry]:
     The content is compared when it is read back from the disk, so that it is hashed once.
     """
     later: list[Entry] = []
+    files: list[Piece] = []
+    twins: list[Piece] = []
     privileged = os.geteuid() == 0
+    for piece in plan.pieces:
+        entry = piece.entry
+        if entry.kind == "file":
+            (twins if entry.hardlink else files).append(piece)
+            if not _is_finished_at_once(entry, privileged):
+                later.append(entry)
+            continue
+        if entry.kind == "link":
+            folder, name = staged.at(entry.path)
+            os.symlink(entry.target or "", name, dir_fd=folder)
+        elif entry.path != ".":
+            staged.make_folders(entry.path)
+        later.append(entry)
     with contextlib.ExitStack() as stack:
         sources = {name: stack.enter_context(plan.repo.files(name)) for name in plan.sources}
-        origin = {piece.entry.path: piece.source for piece in plan.pieces}
-        for piece in plan.pieces:
+
+        def copy(part: Sequence[Piece]) -> None:
+            for piece in part:
+                finish = _is_finished_at_once(piece.entry, privileged)
+                try:
+                    copy_file(sources[piece.source], staged, piece.entry, finish=finish)
+                except FileExistsError:
+                    # A process that was to copy this part was killed in the midst of it.
+                    staged.remove(piece.entry.path)
+                    copy_file(sources[piece.source], staged, piece.entry, finish=finish)
+
+        if len(files) >= parts.FROM:
+            for _ in in_parts(files, copy):
+                pass
+        else:
+            copy(files)
+        origin = {piece.entry.path: piece.source for piece in plan.pieces} if twins else {}
+        for piece in twins:
             entry = piece.entry
-            if entry.path == ".":
-                later.append(entry)
-            elif entry.kind == "dir":
-                staged.make_folders(entry.path)
-                later.append(entry)
-            elif entry.kind == "link":
-                folder, name = staged.at(entry.path)
-                os.symlink(entry.target or "", name, dir_fd=folder)
-                later.append(entry)
-            elif not (entry.hardlink and origin.get(entry.hardlink) == piece.source and _join(staged, entry)):
-                finish = privileged or entry.mode & 0o400 != 0
-                copy_file(sources[piece.source], staged, entry, finish=finish)
-                if not finish:
-                    later.append(entry)
+            if not (origin.get(entry.hardlink or "") == piece.source and _join(staged, entry)):
+                copy([piece])
     return later
+
+
+def _is_finished_at_once(entry: Entry, privileged: bool) -> bool:
+    """Tell whether the file can still be read, to be proven, when it has its mode."""
+    return privileged or entry.mode & 0o400 != 0
 
 
 def _join(staged: Tree, entry: Entry) -> bool:

@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker.snapshots import copier, parts, verify_snapshot
+from backup_worker.snapshots import (
+    AgentFiles,
+    DamagedSnapshot,
+    Entry,
+    copier,
+    execute,
+    parts,
+    plan_restore,
+    staging,
+    verify_snapshot,
+)
+from backup_worker.snapshots.copying import copy_file
+from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.parts import in_parts
 from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves, without_privileges
 
@@ -96,3 +108,63 @@ def test_what_fails_in_a_part_fails_here() -> None:
     with pytest.raises(OSError, match="No space") as caught:
         list(in_parts(range(50), work))
     assert caught.value.errno == errno.ENOSPC
+
+
+def restored(place: Place) -> Path:
+    plan = plan_restore(place.repo, AgentFiles("z", place.root), proven=False)
+    return execute(plan, place.base / "restored", evidence=None, now=NOON).target
+
+
+def test_a_restore_by_several_processes_is_the_one_that_one_process_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = filled(tmp_path)
+    place.write("skills/broken.py", "mended = True\n")
+    (place.root / "memory/4/4.json").chmod(0o755)
+    (place.root / "memory/4").chmod(0o500)
+    place.take()
+    read_by: list[int] = []
+    monkeypatch.setattr(
+        staging, "copy_file", lambda *a, **k: (read_by.append(os.getpid()), copy_file(*a, **k))
+    )
+    root = restored(place)
+    assert content_of(root) == content_of(place.root)
+    for path in content_of(root):
+        old, new = (place.root / path).lstat(), (root / path).lstat()
+        assert (new.st_mode, new.st_mtime_ns, new.st_nlink) == (old.st_mode, old.st_mtime_ns, old.st_nlink), (
+            path
+        )
+    assert os.getxattr(root / "memory/3/3.json", "user.mood") == b"fine"
+    assert read_by == [], "others did it"
+
+
+def test_a_restore_is_whole_though_one_of_its_processes_was_killed_in_the_midst_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = filled(tmp_path)
+    place.write("skills/broken.py", "mended = True\n")
+    place.take()
+    here, killed = os.getpid(), tmp_path / "killed"
+
+    def deadly(source: Tree, target: Tree, entry: Entry, *, finish: bool) -> None:
+        copy_file(source, target, entry, finish=finish)
+        if os.getpid() != here and entry.path == "memory/3/33.json":
+            target_fd = target.open(entry.path, os.O_WRONLY | os.O_TRUNC)
+            os.write(target_fd, b"half")
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(staging, "copy_file", deadly)
+    assert content_of(restored(place)) == content_of(place.root)
+    assert killed.exists()
+
+
+def test_rot_that_another_process_reads_stops_a_restore(tmp_path: Path) -> None:
+    place = filled(tmp_path)
+    place.write("skills/broken.py", "mended = True\n")
+    made = place.take()
+    place.stored(made.id, "memory/2/17.json").write_text("rotten")
+    with pytest.raises(DamagedSnapshot, match="17"):
+        restored(place)
+    assert not (place.base / "restored").exists()
+    assert place.repo.get_head(made.id).damaged

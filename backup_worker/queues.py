@@ -215,6 +215,16 @@ class SafeQueue(Queue):
         super().__init__(*args, **kwargs)
         self._fields_alike: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
+    @classmethod
+    def lmove(cls, connection: Redis, queue_key: str, timeout: int | None) -> Any:
+        """Take the next job, as RQ does. A read that ended because the server became a replica is one that was cut."""
+        try:
+            return super().lmove(connection, queue_key, timeout)
+        except redis.exceptions.ResponseError as error:
+            if str(error).startswith("UNBLOCKED"):
+                raise redis.exceptions.ConnectionError(str(error)) from error
+            raise
+
     @property
     def intermediate_queue(self) -> IntermediateQueue:
         """The list that holds a job between this queue and a worker."""

@@ -18,8 +18,6 @@ from typing import Any
 
 import msgpack
 import redis.exceptions
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.retry import Retry
 
 from backup_worker import (
     alerts,
@@ -40,7 +38,7 @@ from backup_worker.health import Mark
 from backup_worker.hints import Hints
 from backup_worker.recovery.pacemaker import IDLE_TICK_S, Pacemaker
 from backup_worker.runtime import Runtime
-from backup_worker.worker import make_worker
+from backup_worker.worker import make_worker, patience
 from em_bridge import clock, connection, streams
 from em_bridge.errors import AgentBackupError, RedisRefused, RedisUnavailable
 
@@ -296,7 +294,7 @@ def worker(config_dir: Path, url: str | None, queue: str) -> None:
     os.environ["REDIS_URL"] = url or os.environ.get("REDIS_URL") or connection.DEFAULT_URL
     client = enter(url)
     # A worker that gives up while Redis is away would run a finished job again.
-    client.set_retry(Retry(ExponentialWithJitterBackoff(base=0.1, cap=2.0), PATIENCE_TRIES))
+    client.set_retry(patience(PATIENCE_TRIES, longest_s=2.0))
     log.info("working on %s with %d agents", queue, len(watch.current.agents))
     make_worker(queue, client, jobs.report_failure).work(logging_level="WARNING")
 

@@ -56,9 +56,22 @@ HANG_GRACE_S = 5.0
 STOPPING_TRIES = 6
 """How often a worker that is asked to stop tries to reach Redis: for about two seconds."""
 
+_WAITED_OUT = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.OutOfMemoryError,
+)
+"""What RQ's worker must not see while there is hope: all but the first two would end it."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Failure = Callable[[Job, BaseException], None]
+
+
+def patience(tries: int, *, longest_s: float) -> Retry:
+    """Return how a worker's client tries again while Redis is away, fails over or is full."""
+    return Retry(ExponentialWithJitterBackoff(base=0.1, cap=longest_s), tries, supported_errors=_WAITED_OUT)
 
 
 class BackupWorker(Worker):
@@ -120,7 +133,7 @@ class BackupWorker(Worker):
             raise StopRequested from None
 
     def _be_patient(self, tries: int) -> None:
-        self.connection.set_retry(Retry(ExponentialWithJitterBackoff(base=0.1, cap=0.5), tries))
+        self.connection.set_retry(patience(tries, longest_s=0.5))
 
     def handle_job_failure(
         self, job: Job, queue: Queue, started_job_registry: Any = None, exc_string: str = ""

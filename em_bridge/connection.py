@@ -52,6 +52,8 @@ _PASSING: Final = (
     "TRYAGAIN",
     "CLUSTERDOWN",
     "NOREPLICAS",
+    # A blocking read on a primary that becomes a replica.
+    "UNBLOCKED",
     "BUSY ",
 )
 
@@ -219,7 +221,13 @@ def translate(error: Exception, where: redis.Redis | str = "") -> AgentBackupErr
         return RedisRefused(f"{server} refuses us: {_plain(error)}", hint=_REFUSED_HINT)
     if isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError)):
         return RedisUnavailable(f"{server} cannot be reached: {_plain(error)}", hint=_AWAY_HINT)
-    passing = (exceptions.ReadOnlyError, exceptions.OutOfMemoryError, exceptions.ClusterDownError)
+    # What breaks a connection between WATCH and EXEC comes as a WatchError: the whole must be begun anew.
+    passing = (
+        exceptions.ReadOnlyError,
+        exceptions.OutOfMemoryError,
+        exceptions.ClusterDownError,
+        exceptions.WatchError,
+    )
     if isinstance(error, passing) or str(error).startswith(_PASSING):
         return RedisUnavailable(
             f"{server} takes no writes now: {_plain(error)}", hint="look into the server's log"

@@ -94,6 +94,8 @@ def test_errors_say_whether_waiting_helps() -> None:
         redis.ResponseError(
             "MISCONF Valkey is configured to save RDB snapshots, but it is unable to persist"
         ),
+        redis.ResponseError("UNBLOCKED force unblock from blocking operation, instance state changed"),
+        redis.WatchError("A BusyLoadingError occurred while watching one or more keys"),
         redis.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
     ):
         found = translate(error, "redis://h:1")

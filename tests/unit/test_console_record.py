@@ -1,0 +1,89 @@
+"""The end of the record, read backwards: every line once, in order, whatever falls between two blocks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from backup_worker.console import record
+from backup_worker.console.record import Wanted, newest
+from backup_worker.history import History
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    history = History(tmp_path / "history.jsonl")
+    history.extend(
+        [("backup" if number % 2 else "alert", float(number), {"agent": f"a{number % 3}", "text": "ü" * (number % 50)})
+         for number in range(300)]
+    )  # fmt: skip
+    return history.path
+
+
+def walk(path: Path, wanted: Wanted, count: int) -> list[int]:
+    """Return the numbers of all lines, page after page."""
+    seen: list[int] = []
+    before: int | None = None
+    for _ in range(10_000):
+        found = newest(path, wanted, count=count, before=before)
+        seen += [line["seq"] for line in found.lines]
+        if found.older is None:
+            return seen
+        before = found.older
+    raise AssertionError("it does not come to an end")
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, 4096, 1 << 20])
+@pytest.mark.parametrize("count", [1, 17, 1000])
+def test_every_line_comes_once_the_newest_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch, block: int, count: int
+) -> None:
+    monkeypatch.setattr(record, "BLOCK_BYTES", block)
+    if block == 1:
+        lines = path.read_bytes().splitlines(keepends=True)[:5]
+        path.write_bytes(b"".join(lines))
+    total = len(path.read_bytes().splitlines())
+    assert walk(path, Wanted(), count) == list(range(total, 0, -1))
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Wanted(kind="alert"),
+        Wanted(agent="a1"),
+        Wanted("backup", "a2"),
+        Wanted(text="ÜÜÜÜ"),
+        Wanted(text="a2"),
+    ],
+)
+def test_what_is_searched_for_is_found_and_nothing_else(path: Path, wanted: Wanted) -> None:
+    def like(line: dict[str, object]) -> bool:
+        return (
+            wanted.kind in ("", line["kind"])
+            and wanted.agent in ("", line["agent"])
+            and wanted.text.lower() in json.dumps(line, ensure_ascii=False).lower()
+        )
+
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert walk(path, wanted, 13) == [line["seq"] for line in reversed(lines) if like(line)]
+
+
+def test_a_search_that_finds_nothing_ends_soon_and_can_be_gone_on_with(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "MAX_BYTES", 5000)
+    monkeypatch.setattr(record, "BLOCK_BYTES", 500)
+    found = newest(path, Wanted(text="not there"), count=10)
+    assert found.lines == ()
+    assert found.older is not None
+    assert walk(path, Wanted(text="not there"), 10) == []
+    assert walk(path, Wanted(kind="alert"), 10)[-1] == 1
+
+
+def test_what_is_no_line_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(b'\xff\xfe\n[]\n{"seq": 1, "kind": "x"}\n\n{"kind": "no number"}\n{"seq": 2, "ki')
+    assert [line["seq"] for line in newest(path, Wanted(), count=9).lines] == [1]
+    assert newest(tmp_path / "nothing", Wanted(), count=9) == record.Found((), None)

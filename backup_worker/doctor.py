@@ -131,7 +131,8 @@ def _manager(config: Config) -> Iterator[Check]:
 def _start(name: str, agent: AgentConfig, state: Path) -> Iterator[Check]:
     check = f"start of {name}"
     if agent.start is None:
-        mend = f'add agents.{name}.start, for example {{"command": ["python3", "agent.py"]}}'
+        example = f'["em-bridge", "run", "{name}", "--", "python3", "agent.py"]'
+        mend = f'add agents.{name}.start, for example {{"command": {example}}}'
         yield Check(check, "warn", "it is backed up and restored, but cannot be started after a death", mend)
         return
     command = agent.start.command
@@ -310,7 +311,9 @@ def _approvals(config: Config) -> Iterator[Check]:
         yield Check("approvals", "fail", f"others can write {path}, and so approve", f"chmod 644 {path}")
     elif not signatures.available():
         detail = f"{path} exists and ssh-keygen is not installed: nothing counts as approved"
-        yield Check("approvals", "fail", detail, "install OpenSSH's client (Debian: apt-get install openssh-client)")
+        yield Check(
+            "approvals", "fail", detail, "install OpenSSH's client (Debian: apt-get install openssh-client)"
+        )
     else:
         yield Check("approvals", "ok", f"only what somebody in {path} has signed counts as approved")
 

@@ -2,7 +2,8 @@
 
 What each does is not the same, and the tables cannot show it: our backup syncs, reads everything back from the disk and
 judges it; so does our restore. restic encrypts, restic and borg compress and find duplicates; both sync. rsync and
-`cp -a` do none of it, and leave the writing to the kernel, which is why `cp -a` also runs with a sync behind it.
+`cp -a` do none of it, and leave the writing to the kernel, which is why `cp -a` also runs with a sync behind it. The
+bare loop syncs and reads back what it copies, and does nothing else: no program in Python that does so is much faster.
 
 Each run gets folders of its own, and small files are removed only at the very end: for minutes after a removal ext4
 searches long for inodes that were not in use just now, and whoever comes next would pay for it.
@@ -34,9 +35,10 @@ from tests.benchmarks.measure import (
     times_table,
 )
 
-TIERS = {
+TIERS: dict[str, object] = {
     "daily": {"cron": "0 7 * * *", "include": ["*"], "slot": "%Y-%m-%d", "keep": 30, "unchanged": "link"}
 }
+BARE = "bare loop"
 PHASES = FULL, AGAIN, RESTORE = "full", "unchanged again", "restore"
 
 Command = tuple[list[str], Path | None, Mapping[str, str]]
@@ -162,6 +164,27 @@ class Copy:
         return ["cp", "-a", source, target], None, {}
 
 
+class BareLoop:
+    """The same system calls for each file, in as many processes, in a straight line of Python."""
+
+    def __init__(self, folder: Path, fleet: data.Fleet) -> None:
+        self.folder, self.fleet = folder, fleet
+
+    def prepare(self) -> None:
+        """Make the folder above the copies."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def command(self, phase: str) -> Command:
+        """Return the command."""
+        first = str(self.folder / "first")
+        words = {
+            FULL: [str(self.fleet.root), first],
+            AGAIN: [str(self.fleet.root), str(self.folder / "second"), first],
+            RESTORE: [first, str(self.folder / "restored")],
+        }[phase]
+        return [sys.executable, "-m", "tests.benchmarks.bare_files", *words], None, {}
+
+
 Makers = Mapping[str, Callable[[Path, data.Fleet], Contender]]
 
 
@@ -173,6 +196,7 @@ def makers(programs: Sequence[str]) -> Makers:
         **{program: known[program] for program in programs},
         "cp -a": partial(Copy, sync=False),
         "cp -a + sync": partial(Copy, sync=True),
+        BARE: BareLoop,
     }
 
 
@@ -201,7 +225,8 @@ def lifecycles(
 def compare(settings: Settings, fleet: data.Fleet, programs: Sequence[str], *, keep: bool) -> Iterator[Table]:
     """Yield the times of full, unchanged again and restore, and the most memory of each."""
     folder = settings.folder / f"contenders-{fleet.root.name}"
-    made = makers(programs)
+    # The bare loop holds whole files in memory: it is made for small ones.
+    made = {name: make for name, make in makers(programs).items() if keep or name != BARE}
     _check_space(settings.folder, fleet, settings.runs if keep else 1)
     yield times_table(fleet.title, in_turn(lifecycles(folder, fleet, made, PHASES, keep=keep), settings.runs))
     yield _memory(folder / "memory", fleet, made)
@@ -227,7 +252,7 @@ def _memory(folder: Path, fleet: data.Fleet, made: Makers) -> Table:
     title = f"Most memory of all processes together, {fleet.title} (MB)"
     table = Table(title, ("contender", *PHASES))
     for name, make in made.items():
-        if name == "cp -a + sync":
+        if name in ("cp -a + sync", BARE):
             continue
         contender = make(folder / name, fleet)
         contender.prepare()
@@ -281,7 +306,7 @@ def growth(settings: Settings) -> Iterator[Table]:
         ("files", f"{OURS} s", "cp -a + sync s", f"{OURS} is … times as fast"),
     )
     points: dict[str, list[tuple[float, float]]] = {}
-    made = {name: make for name, make in makers(()).items() if name != "cp -a"}
+    made = {name: make for name, make in makers(()).items() if name in (OURS, "cp -a + sync")}
     for size in sizes:
         root = settings.folder / f"growth-{size}"
         fleet = data.make_small_files(root, agents=1, files=size, mean_bytes=2000)

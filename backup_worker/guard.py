@@ -1,10 +1,10 @@
 """The watch over guarded files: what stands there is compared with what was approved, also what changed unseen.
 
-Promise: a guarded file that differs from its last approved state for longer than `SETTLE_S` (the time an EM has to say
-what it has just written) is backed up, marked `unapproved`, put on the record, alerted once for what stands there, and
-proposed, with its bytes, as a change that a human can approve or reject. Whether the service ran when it happened does
-not matter: the approved state is on disk, and each scan looks at the files themselves. When all is as approved again
-(by approval, or by `backup-worker revert`), the alert is resolved.
+Promise: a guarded file that differs from its last approved state for longer than `approvals.settle_seconds` (the time
+an EM has to say what it has just written) is backed up, marked `unapproved`, put on the record, alerted once for what
+stands there, and proposed, with its bytes, as a change that a human can approve or reject. Whether the service ran when
+it happened does not matter: the approved state is on disk, and each scan looks at the files themselves. When all is as
+approved again (by approval, or by `backup-worker revert`), the alert is resolved.
 
 A scan that cannot read an agent's files decides nothing about it. The first scan of an agent accepts what it finds.
 """
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SETTLE_S = 60.0
 FINDER = "backup-worker"
 """Who proposes what was found to be changed."""
 
@@ -57,8 +56,9 @@ class Deviation:
     key: str = ""
 
 
-def scan(runtime: Runtime, agent: str, now: float, *, settle_s: float = SETTLE_S) -> dict[str, Any]:
+def scan(runtime: Runtime, agent: str, now: float) -> dict[str, Any]:
     """Compare the agent's guarded files with what was approved, and act on it; return what deviates, by path."""
+    settle_s = runtime.config.schedule.approvals.settle_seconds
     scope = guarded.scope_of(runtime.config, agent)
     files = runtime.config.files_of(agent)
     look = guarded.look(runtime.client, files, scope, now)

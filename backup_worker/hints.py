@@ -16,7 +16,6 @@ import watchfiles
 
 from backup_worker import guarded
 from backup_worker.config import Config
-from backup_worker.guard import SETTLE_S
 from backup_worker.snapshots import Scope
 from em_bridge import clock
 
@@ -34,6 +33,7 @@ class Hints:
         self._look_at: float | None = None
         self._stop = threading.Event()
         self._watched: Mapping[Path, Scope] | None = None
+        self._settle_s = 0.0
 
     def follow(self, config: Config) -> None:
         """Watch the agents of `config` from now on, as far as their folders are on this machine."""
@@ -42,6 +42,7 @@ class Hints:
             for name, agent in config.agents.items()
             if agent.root.is_dir()
         }
+        self._settle_s = config.schedule.approvals.settle_seconds
         if watched == self._watched:
             return
         self.close()
@@ -70,7 +71,7 @@ class Hints:
             ):  # fmt: skip
                 if any(_is_guarded(Path(path), watched) for _, path in found):
                     with self._lock:
-                        self._look_at = self._look_at or clock.now() + SETTLE_S + 1.0
+                        self._look_at = self._look_at or clock.now() + self._settle_s + 1.0
         except (OSError, RuntimeError) as error:
             log.warning("guarded files are looked at in rounds alone: they cannot be watched (%s)", error)
 

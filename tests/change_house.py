@@ -56,7 +56,7 @@ class House:
 
     def scan(self, after_s: float = 0.0) -> dict[str, Any]:
         self.now += after_s
-        return guard.scan(self.runtime, "z", self.now, settle_s=-1e12)
+        return guard.scan(self.runtime, "z", self.now)
 
     def critical(self) -> list[str]:
         found = alerts.open_alerts(self.client)

@@ -219,6 +219,14 @@ class Approvals(Model):
         examples=[5],
         gt=0,
     )
+    settle_seconds: float = Field(
+        60,
+        title="number of seconds",
+        description="How long such a file may differ before that is told of: the time that an EM has to say what it "
+        "has just written.",
+        examples=[60],
+        ge=0,
+    )
 
 
 DEFAULT_TIERS: Mapping[str, Mapping[str, Any]] = {

@@ -61,11 +61,9 @@ def test_the_period_of_the_rounds_is_configured(tmp_path: Path) -> None:
     assert maintain.periods(fleet.config)["guard"] == 120.0
 
 
-def test_a_written_file_gives_one_hint_when_it_has_settled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hints, "SETTLE_S", 0.0)
+def test_a_written_file_gives_one_hint_when_it_has_settled(tmp_path: Path) -> None:
     fleet = SmallFleet(tmp_path)
+    fleet.edit("backup_schedule.json", lambda document: document.update(approvals={"settle_seconds": 0}))
     (fleet.root() / "memory").mkdir()
     watching = Hints()
     watching.follow(fleet.config)

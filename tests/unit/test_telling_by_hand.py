@@ -154,7 +154,7 @@ def test_a_failed_drill_without_redis_pages_a_human(
     rows = json.loads(out)
     assert (code, [(row["agent"], row["ok"]) for row in rows]) == (1, [("z", True), ("jay", False)])
     assert rows[0].keys() == {
-        "agent", "ok", "from", "files", "bytes", "took_s", "problems", "health",
+        "agent", "ok", "from", "files", "bytes", "took_s", "problems", "health", "owners",
     }  # fmt: skip
     assert rows[1]["problems"][0]["problem"] == "there is no good snapshot of “jay”"
 

@@ -62,7 +62,9 @@ TIME_LIMITS_S = {
 }  # fmt: skip
 """How long each job function may run. A recovery copies no more than one agent's files and never waits for it."""
 DELIVERY_LIMIT_S = 300
-"""The same for sending alerts, which waits for other people's servers."""
+"""The same for `DELIVERIES`."""
+DELIVERIES = frozenset(("deliver", "ping"))
+"""The maintenance that waits for other people's servers."""
 RESULT_TTL_S = 3600
 FAILURE_TTL_S = 7 * 24 * 3600
 
@@ -362,7 +364,7 @@ def _job_id(stream: str, entry_id: str) -> str:
 
 def time_limit_s(job: Job) -> int:
     """Return how many seconds `job` may run before it is stopped."""
-    if job.args.get("task") == "deliver":
+    if job.args.get("task") in DELIVERIES:
         return DELIVERY_LIMIT_S
     return TIME_LIMITS_S[job.function]
 

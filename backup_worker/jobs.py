@@ -23,6 +23,12 @@ from backup_worker.runtime import Runtime
 from em_bridge import clock, events, streams
 from em_bridge.errors import AgentBackupError, NotFound
 
+_WORK_NAMED_BY = {
+    "maintenance": "task", "incident": "incident", "config_change": "entry", "agent_state": "entry",
+}  # fmt: skip
+"""Which of its arguments says what a job works on, where another job may do the same work."""
+_LONGEST_NAME = 100
+
 _watch: ConfigWatch | None = None
 """The configuration, read by the worker before it forks: a job only looks whether it has changed."""
 
@@ -75,6 +81,7 @@ def config_change(args: dict[str, Any]) -> dict[str, Any]:
     if passed_on := _passed_on(runtime, agent):
         return passed_on
     snapshots = change_events.handle(runtime, event, entry, now=clock.now())
+    runtime.resolve(_failure_key("config_change", args))
     return {"snapshots": [snapshot.id for snapshot in snapshots]}
 
 
@@ -84,6 +91,7 @@ def agent_state(args: dict[str, Any]) -> dict[str, Any]:
     if passed_on := _passed_on(runtime, args["agent"]):
         return passed_on
     incident = RecoveryService(runtime).on_state(args["agent"], args["state"], args["reason"], args["at"])
+    runtime.resolve(_failure_key("agent_state", args))
     return {"incident": incident}
 
 
@@ -93,12 +101,16 @@ def incident(args: dict[str, Any]) -> dict[str, Any]:
     if passed_on := _passed_on(runtime, IncidentStore(runtime.redis).get(args["incident"]).agent):
         return passed_on
     advanced = RecoveryService(runtime).advance(args["incident"])
+    runtime.resolve(_failure_key("incident", args))
     return {"incident": advanced.id, "state": advanced.state, "phase": advanced.phase}
 
 
 def maintenance(args: dict[str, Any]) -> dict[str, Any]:
     """Run the maintenance task `task`, or the part of it that `host` has: see `backup_worker.maintain`."""
-    return maintain.run(_runtime(), args["task"], now=clock.now(), host=args.get("host"))
+    runtime = _runtime()
+    result = maintain.run(runtime, args["task"], now=clock.now(), host=args.get("host"))
+    runtime.resolve(_failure_key("maintenance", args))
+    return result
 
 
 def report_failure(job: Job, error: BaseException) -> None:
@@ -119,9 +131,22 @@ def report_failure(job: Job, error: BaseException) -> None:
         why += _try_slot_again(runtime, given)
     kind = "backup-failed" if is_backup else "job-failed"
     runtime.record(kind, job=job.id, function=name, agent=agent, tier=tier, error=why)
-    key = f"failed/{tier}/{agent}" if is_backup else f"job/{job.id}"
-    title = f"{tier} backup of {agent} failed" if is_backup else f"job {job.id} failed"
-    runtime.alert(key, "critical", title, why, agent=agent)
+    if is_backup:
+        runtime.alert(
+            f"failed/{tier}/{agent}", "critical", f"{tier} backup of {agent} failed", why, agent=agent
+        )
+    else:
+        key = _failure_key(name, given) or f"job/{job.id}"
+        runtime.alert(key, "critical", f"job {job.id} failed", why, agent=agent)
+
+
+def _failure_key(name: str, args: dict[str, Any]) -> str:
+    """Return the key of the alert that this work failed, the same for each of its jobs; empty if it is not known.
+
+    What comes round again has one alert, not one with each try, and its next success closes it.
+    """
+    what = args.get(_WORK_NAMED_BY.get(name, ""))
+    return f"job/{name}/{what}" if isinstance(what, str) and len(what) <= _LONGEST_NAME else ""
 
 
 def _try_slot_again(runtime: Runtime, given: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Maintenance: deliver alerts, look for what is missing, prune, scrub, drill, trim.
+"""Maintenance: deliver alerts and notices, look for what is missing, prune, scrub, drill, trim.
 
 Each task may run at any time, twice.
 """
@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from backup_worker import alerts, backups, changes, due, guard_rounds, schedule, space
+from backup_worker import (
+    alerts,
+    backups,
+    changes,
+    due,
+    guard_rounds,
+    lookout,
+    notices,
+    pings,
+    schedule,
+    space,
+)
 from backup_worker import drill as drills
 from backup_worker import scrub as scrubbing
 from backup_worker.config import Config
@@ -70,7 +81,11 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
         "undrilled": drills.tell_of_overdue(runtime, heads, now),
         "free_bytes": space.tell(runtime, heads),
         "dead_letters": _tell_of_dead_letters(runtime),
+        **lookout.look(runtime, heads, now),
     }
+    if pings.due(runtime, heads, now):
+        # By a job of its own: a switch that does not answer must not hold up this look.
+        streams.append(runtime.redis, due.MaintenanceDue(pings.TASK))
     _forget_removed_agents(runtime)
     # While nobody dies, nobody else looks whether a pause is over.
     RecoveryService(runtime).end_pause_in_time()
@@ -141,21 +156,10 @@ def slot_announcement(late: schedule.Due) -> str:
 
 def oldest_waiting(runtime: Runtime, now: float) -> float:
     """Return for how many seconds the oldest event has waited to be handed off."""
-    client = runtime.redis
-    oldest = now
-    for stream in (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM):
-        groups: Any = client.xinfo_groups(stream) if client.exists(stream) else []
-        ours = next((group for group in groups if group["name"] == streams.DISPATCHER_GROUP.encode()), None)
-        # Without a group no dispatcher was ever there, and everything waits for the first one.
-        behind: Any = client.xrange(
-            stream, f"({ours['last-delivered-id'].decode()}" if ours else "-", "+", count=1
-        )
-        waiting = [entry_id.decode() for entry_id, _ in behind]
-        if ours and ours["pending"]:
-            pending: Any = client.xpending(stream, streams.DISPATCHER_GROUP)
-            waiting += [pending["min"].decode()] if pending["pending"] else []
-        oldest = min([oldest, *map(streams.entry_time, waiting)])
-    return max(0.0, now - oldest)
+    return max(
+        lookout.oldest_in_group(runtime.redis, stream, streams.DISPATCHER_GROUP, now)
+        for stream in (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM)
+    )
 
 
 def prune(runtime: Runtime, now: float) -> dict[str, Any]:
@@ -190,6 +194,8 @@ TASKS: dict[str, Callable[[Runtime, float], dict[str, Any]]] = {
     "drill": drill,
     "trim": trim,
     guard_rounds.TASK: guard_rounds.run,
+    pings.TASK: pings.run,
+    **notices.TASKS,
 }
 EVERY_S = {
     "deliver": 30.0,

@@ -127,6 +127,20 @@ class Runtime:
         for key in over:
             self.record("alert-resolved", key=key)
 
+    def silence(self, names: Sequence[str], *, for_s: float, by: str, why: str) -> alerts.Silence:
+        """Begin a silence of kinds, agents or keys; raises `UsageError` and `NotFound` (see `alerts.silences`)."""
+        agents = self.config.agents
+        begun = alerts.silences.begin(self.redis, names, agents, for_s=for_s, by=by, why=why, now=clock.now())
+        self.record("silence", **begun.as_json())
+        return begun
+
+    def unsilence(self, identifier: str, *, by: str) -> alerts.Silence:
+        """End a silence early: what it held back is sent. Raises `NotFound`."""
+        ended = alerts.silences.end(self.redis, identifier)
+        self.record("silence-ended", **ended.as_json() | {"by": by})
+        self._ask_for_delivery(clock.now(), any_news=True)
+        return ended
+
     def _ask_for_delivery(self, now: float, *, any_news: bool) -> None:
         """Have the alerts sent when what belongs to them had time to come, by a job: sending must hold up nothing."""
         if any_news and self.client is not None:

@@ -47,14 +47,17 @@ def due(config: Config, made: Made, now: float) -> list[Due]:
 
 def previous_run(tier: Tier, timezone: str, now: float) -> float:
     """Return the newest fire time of a tier with a cron expression that is not later than `now`."""
+    return previous_fire(_cron(tier), timezone, now)
+
+
+def previous_fire(cron: str, timezone: str, now: float) -> float:
+    """Return the newest fire time of `cron` that is not later than `now`."""
     here = _local(now, timezone)
     # Backwards iteration leaves out a fire time that is exactly the one it starts from; a microsecond brings it in.
-    candidate = next(
-        CronSim(_cron(tier), here.replace(microsecond=here.microsecond or 1), reverse=True)
-    ).timestamp()
+    candidate = next(CronSim(cron, here.replace(microsecond=here.microsecond or 1), reverse=True)).timestamp()
     # In the hour that the clock shows twice, a time of day before now can be one that has already passed: cronsim
     # walks back by the clock on the wall and misses it. Walking forward again finds it.
-    for fire in CronSim(_cron(tier), _local(candidate, timezone)):
+    for fire in CronSim(cron, _local(candidate, timezone)):
         if not candidate < fire.timestamp() <= now:
             break
         candidate = fire.timestamp()

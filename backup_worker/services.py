@@ -26,11 +26,13 @@ from backup_worker import (
     hosts,
     jobs,
     maintain,
+    notices,
     queues,
     retries,
     schedule,
     slots,
 )
+from backup_worker.absence import Absence
 from backup_worker.config import Config, ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.due import BackupDue, MaintenanceDue
@@ -55,6 +57,8 @@ STANDSTILL_S = 5 * maintain.EVERY_S["watch"]
 UNSERVED_AFTER_S = 30.0
 """For how long jobs may wait in a queue without any worker: as long as a restart of the workers takes."""
 UNSERVED_LOOK_S = 5.0
+NOTICES_LOOK_S = 10.0
+"""How often the scheduler looks whether the digest or the test page is due."""
 HINTS_APART_S = 10.0
 """However much is written, guarded files are looked at no more often than this."""
 
@@ -75,10 +79,18 @@ def stopped_by_signals() -> Iterator[threading.Event]:
             signal.signal(signum, handler)
 
 
-def every(stop: threading.Event, name: str, client: Any, step: Callable[[], float]) -> None:
+def every(
+    stop: threading.Event,
+    name: str,
+    client: Any,
+    step: Callable[[], float],
+    *,
+    absence: Absence | None = None,
+) -> None:
     """Call `step` until `stop` is set, each time after as many seconds as it returned.
 
-    A Redis that is away, loading or full is waited out; one that refuses us raises RedisRefused.
+    A Redis that is away, loading or full is waited out; one that refuses us raises RedisRefused. With `absence`, people
+    are told of either.
     """
     away = False
     told: str | None = None
@@ -90,10 +102,14 @@ def every(stop: threading.Event, name: str, client: Any, step: Callable[[], floa
             if away:
                 log.info("%s: redis is back", name)
             away = False
+            if absence is not None:
+                absence.back()
         except redis.exceptions.RedisError as error:
             translated = connection.translate(error, client)
             if translated is None:
                 raise
+            if absence is not None:
+                absence.away(translated.message, at_once=isinstance(translated, RedisRefused))
             if isinstance(translated, RedisRefused):
                 raise translated from error
             if not away:
@@ -193,6 +209,7 @@ class Scheduler:
         self._stood_still = True
         self._unserved: dict[str, float] = {}
         self._look_at = 0.0
+        self._notices_at = 0.0
 
     def step(self) -> float:
         """Announce what is due now; return how many seconds to wait."""
@@ -215,6 +232,9 @@ class Scheduler:
         for task, every_s in maintain.periods(self.watch.current).items():
             once = f"maintenance/{task}/{int(now // every_s)}"
             streams.append_once(self.client, MaintenanceDue(task), once=once, ttl_s=every_s * 2)
+        if clock.monotonic() >= self._notices_at:
+            self._notices_at = clock.monotonic() + NOTICES_LOOK_S
+            notices.announce(self.client, self.watch.current.schedule, now)
         self.hints.follow(self.watch.current)
         if self.hints.due(now):
             once = f"maintenance/{guard_rounds.TASK}/hint/{int(now // HINTS_APART_S)}"
@@ -284,7 +304,7 @@ def scheduler(config_dir: Path, url: str | None) -> None:
     announcing = Scheduler(connection.connect(url), ConfigWatch(config_dir))
     with stopped_by_signals() as stop:
         log.info("scheduling from %s", config_dir)
-        every(stop, "scheduler", announcing.client, announcing.step)
+        every(stop, "scheduler", announcing.client, announcing.step, absence=Absence(announcing.watch))
 
 
 def worker(config_dir: Path, url: str | None, queue: str) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import NoPermissionError
+from redis.exceptions import ResponseError
 
 from backup_worker import alerts, backpressure, drill, maintain, proofs, schedule, scrub
+from backup_worker.config import SEVERITIES
+from backup_worker.receivers import scheme_of
 from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
@@ -21,7 +23,10 @@ from em_bridge.monitor import read_record
 if TYPE_CHECKING:
     from redis import Redis
 
-ALERT_KEYS = ("key", "severity", "title", "body", "agent", "opened_at", "acknowledged_by")
+ALERT_KEYS = (
+    "key", "severity", "title", "body", "agent", "opened_at", "count", "told_at", "last_failure", "acknowledged_at",
+    "acknowledged_by",
+)  # fmt: skip
 
 
 def overview(runtime: Runtime, now: float) -> dict[str, Any]:
@@ -72,6 +77,7 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
         "recovery_paused": None,
         "incidents": None,
         "alerts": None,
+        "receivers": None,
     }
     if runtime.client is not None:
         result |= _live(runtime, now)
@@ -131,7 +137,8 @@ def _live(runtime: Runtime, now: float) -> dict[str, Any]:
         "memory": _memory(client),
         "dead_letters": int(client.xlen(streams.DEAD_LETTER)),
         "incidents": [store.get(incident_id).summary() for incident_id in store.open_ids().values()],
-        "alerts": open_alerts(client),
+        "alerts": open_alerts(client, now),
+        "receivers": receivers(runtime),
     }
 
 
@@ -139,15 +146,42 @@ def _memory(client: Redis) -> dict[str, int] | None:
     """Return what the server uses, and its limit (0: none); None if we may not ask."""
     try:
         info: Any = client.info("memory")
-    except NoPermissionError:
+    except ResponseError:
         return None
     return {"used_bytes": int(info["used_memory"]), "limit_bytes": int(info["maxmemory"])}
 
 
-def open_alerts(client: Redis) -> list[dict[str, Any]]:
-    """Return the alerts that are not resolved, with the keys `ALERT_KEYS`."""
-    return [
-        {key: getattr(alert, key) for key in ALERT_KEYS}
-        for alert in alerts.open_alerts(client)
-        if alert.resolved_at is None
-    ]
+def open_alerts(client: Redis, now: float) -> list[dict[str, Any]]:
+    """Return the alerts that are not resolved: `ALERT_KEYS`, the command to look, and the id of a silence over it."""
+    silences = alerts.silences.active(client, now)
+    rows = []
+    for alert in alerts.open_alerts(client):
+        silent = next((one.id for one in silences if one.covers(alert, now)), None)
+        kind = alerts.kinds.of(alert.key)
+        row = {key: getattr(alert, key) for key in ALERT_KEYS}
+        rows.append(
+            row | {"kind": kind.name, "look": kind.command(alert.key, alert.agent), "silenced_by": silent}
+        )
+    return rows
+
+
+def receivers(runtime: Runtime) -> list[dict[str, Any]]:
+    """Return each receiver of alerts without its secrets, what it takes, and whether it could be reached.
+
+    One that was never sent to has `told_at` None and no `failures`.
+    """
+    states = alerts.receiver_states(runtime.redis)
+    rows = []
+    for receiver in runtime.config.schedule.alerts:
+        state = states.get(alerts.id_of(receiver), alerts.ReceiverState())
+        rows.append(
+            {
+                "receiver": state.shown or scheme_of(receiver.url),
+                "severities": [severity for severity in SEVERITIES if receiver.takes(severity)],
+                "told_at": state.told_at,
+                "failures": state.failures,
+                "last_failure": state.last_failure,
+                "retry_at": state.retry_at or None,
+            }
+        )
+    return rows

@@ -90,6 +90,8 @@ _TABLE: Final = (
          "the regular look at everything runs again", "backup-worker status", by_name_only=True),
     Kind("unapproved", "critical", "a change was made without an approval",
          "the change is approved, or the last approved state is back", "backup-worker changes"),
+    Kind("guard", "warning", "an agent's files cannot be compared with what was approved",
+         "they can be read again", "backup-worker history --agent {agent}"),
     Kind("change", "info", "a change waits for approval",
          "it is approved, rejected or applied", "backup-worker changes"),
     Kind("space", "critical", "the repository's disk is full, or nearly so",

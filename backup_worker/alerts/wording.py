@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from typing import Final
-from zoneinfo import ZoneInfo
 
 from backup_worker.alerts import kinds
 from backup_worker.alerts.book import RANK, OpenAlert
 from backup_worker.alerts.planner import Delivery, Policy
+from backup_worker.units import age, moment
 
 NAMES_IN_TITLE: Final = 3
 LISTED: Final = 100
@@ -40,9 +39,9 @@ def compose(delivery: Delivery, policy: Policy) -> tuple[str, str]:
 def _one(alert: OpenAlert, policy: Policy) -> str:
     parts = [_plain(alert.body)[:BODY_LENGTH]]
     if alert.is_resolved:
-        parts.append(f"It began {_moment(alert.opened_at, policy)} and was over after {_lasted(alert)}.")
+        parts.append(f"It began {moment(alert.opened_at, policy.zone)} and was over after {_lasted(alert)}.")
     elif alert.rounds:
-        parts.append(f"It is open since {_moment(alert.opened_at, policy)}; nobody has acknowledged it.")
+        parts.append(f"It is open since {moment(alert.opened_at, policy.zone)}; nobody has acknowledged it.")
     if not kinds.of(alert.key).once:
         parts.append("\n".join(_pointers([alert], policy)))
     return "\n\n".join(part for part in parts if part)
@@ -70,7 +69,7 @@ def _list(alerts: Sequence[OpenAlert], policy: Policy) -> Iterator[str]:
         if one.is_resolved:
             line += f" (after {_lasted(one)})"
         elif one.rounds:
-            line += f" (since {_moment(one.opened_at, policy)})"
+            line += f" (since {moment(one.opened_at, policy.zone)})"
         yield line
     if len(alerts) > len(shown):
         yield f"- and {len(alerts) - len(shown)} more: backup-worker alerts"
@@ -90,15 +89,7 @@ def _pointers(alerts: Sequence[OpenAlert], policy: Policy) -> Iterator[str]:
 
 
 def _lasted(alert: OpenAlert) -> str:
-    seconds = max(0.0, (alert.resolved_at or alert.opened_at) - alert.opened_at)
-    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _moment(at: float, policy: Policy) -> str:
-    return datetime.fromtimestamp(at, ZoneInfo(policy.zone)).strftime("%Y-%m-%d %H:%M:%S %Z")
+    return age(max(0.0, (alert.resolved_at or alert.opened_at) - alert.opened_at))
 
 
 def _one_line(text: str, length: int = TITLE_LENGTH) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zoneinfo import ZoneInfo
 
+from backup_worker.units import age as age
+from backup_worker.units import moment as moment
+from backup_worker.units import size as size
 from em_bridge.errors import RedisUnavailable
 
 if TYPE_CHECKING:
@@ -111,13 +112,6 @@ def show(*things: object) -> None:
         console.print(thing)
 
 
-def moment(at: float | None, zone: str) -> str:
-    """Return `at` (Unix seconds) in the schedule's time zone, or a dash."""
-    if at is None:
-        return "—"
-    return datetime.fromtimestamp(at, ZoneInfo(zone)).strftime("%Y-%m-%d %H:%M:%S")
-
-
 def described_pause(pause: dict[str, Any], zone: str) -> str:
     """Return since when, by whom, why and until when recovery is paused."""
     until = f"until {moment(pause['until'], zone)}, or " if pause["until"] is not None else "until "
@@ -126,24 +120,3 @@ def described_pause(pause: dict[str, Any], zone: str) -> str:
         + (f" ({pause['reason']})" if pause["reason"] else "")
         + f", {until}`backup-worker resume-recovery`"
     )
-
-
-def age(seconds: float) -> str:
-    """Return a duration as people say it: `12 s`, `5 min`, `3.2 h`, `4.0 d`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 2 * 86400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} d"
-
-
-def size(number: int) -> str:
-    """Return a number of bytes as people say it: `512 B`, `1.5 KiB`, `2.0 GiB`."""
-    value = float(number)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{number} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

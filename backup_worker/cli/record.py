@@ -113,14 +113,20 @@ def verify(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -
         raise typer.Exit(1)
 
 
+def duration_s(text: str) -> float | None:
+    """Return the seconds that `90s`, `30min`, `2h` or `3d` means; None for anything else."""
+    found = _AGO.fullmatch(text.strip())
+    return float(found[1]) * _UNITS_S[found[2]] if found else None
+
+
 def parse_time(text: str, zone: str, now: float) -> float:
     """Return Unix seconds for a date, a time of today, a date and time (in `zone`), a Unix time, or `2h` (ago).
 
     Raises `UsageError` for anything else.
     """
     text = text.strip()
-    if ago := _AGO.fullmatch(text):
-        return now - float(ago[1]) * _UNITS_S[ago[2]]
+    if (ago_s := duration_s(text)) is not None:
+        return now - ago_s
     if re.fullmatch(r"\d{9,11}(\.\d+)?", text):
         return float(text)
     if re.fullmatch(r"\d{1,2}:\d{2}(:\d{2})?", text):

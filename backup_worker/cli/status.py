@@ -97,7 +97,12 @@ def _print(facts: dict[str, Any], zone: str) -> None:
         text = f" {incident['id']} in {incident['phase']}: {incident['reason']}"
         show(coloured("open incident", "yellow").append(text, "default"))
     for alert in facts["alerts"]:
-        show(coloured("alert", "red").append(f" {alert['severity']}: {alert['title']}", "default"))
+        silent = " (silent)" if alert["silenced_by"] else ""
+        show(coloured("alert", "red").append(f" {alert['severity']}: {alert['title']}{silent}", "default"))
+    for row in facts["receivers"]:
+        if row["failures"]:
+            text = f" {row['receiver']}: {row['failures']} times in a row, {row['last_failure']}"
+            show(coloured("alerts do not arrive", "red").append(text, "default"))
 
 
 def _proven(drill: dict[str, Any]) -> str | Text:

@@ -143,8 +143,8 @@ class Limits(Model):
     mass_silence: float = Field(
         0.5,
         title="share between 0 and 1",
-        description="If more than this share of the fleet (and at least three agents) falls silent at once, the bus and "
-        "the host are proven well first, and nobody is recovered whose process still runs.",
+        description="If more than this share of the fleet (and at least three agents) falls silent at once, the bus "
+        "and the host are proven well first, and nobody is recovered whose process still runs.",
         examples=[0.5],
         ge=0,
         le=1,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from backup_worker.cli import _completion
 from em_bridge import clock
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
 
@@ -17,7 +18,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def revert(
-    agent: Annotated[str, typer.Argument(metavar="AGENT")],
+    agent: Annotated[
+        str, typer.Argument(metavar="AGENT", help="The agent.", autocompletion=_completion.agents)
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be put back.")] = False,
     while_running: Annotated[
         bool,

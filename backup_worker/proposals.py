@@ -1,4 +1,4 @@
-"""A proposed change beside what the newest snapshot holds: numbers key by key, text line by line."""
+"""A proposed change beside what was approved before it: numbers key by key, text line by line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from backup_worker.approved import ApprovedStates
 from backup_worker.snapshots import KeyChange, compare_json
 from em_bridge.errors import AgentBackupError
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 512 * 1024
 MAX_LINES = 400
+APPROVED_STATE = "the approved state"
+"""What a proposal is compared with, where it is not a snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,44 @@ class FileChange:
 
 
 def compare(change: Change, repository: Repository, heads: Sequence[Head]) -> list[FileChange]:
-    """Compare what `change` proposes with the newest good snapshot of its agent that has the file."""
+    """Compare what `change` proposes with what was there before it, file by file.
+
+    That is the approved state, and of an applied change, or where no such state is known, the newest good snapshot from
+    before that was not made by a change without an approval.
+    """
     proposed = change.proposed or {}
-    newest_first = [head for head in reversed(heads) if head.agent == change.agent and head.is_good]
+    until = change.applied_at if change.applied_at is not None else float("inf")
+    newest_first = [
+        head
+        for head in reversed(heads)
+        if head.agent == change.agent
+        and head.is_good
+        and head.approved is not False
+        and head.created_at < until
+    ]
+    approved = _approved(repository, change) if change.applied_at is None else {}
     paths = dict.fromkeys([*change.paths, *proposed])
-    return [_file(path, proposed.get(path), *_stored(repository, newest_first, path)) for path in paths]
+    return [
+        _file(path, proposed.get(path), *(approved.get(path) or _stored(repository, newest_first, path)))
+        for path in paths
+    ]
+
+
+def _approved(repository: Repository, change: Change) -> dict[str, tuple[str, bytes]]:
+    """Return the approved content of the changed paths, as far as it is known."""
+    states = ApprovedStates(repository)
+    try:
+        state = states.load(change.agent) if change.agent else None
+    except AgentBackupError:
+        # Damaged: the snapshots answer, and the watch tells of it.
+        return {}
+    found = {}
+    for path in change.paths if state is not None else ():
+        held = state.files.get(path) if state is not None else None
+        content = states.content(change.agent, held.sha256) if held is not None and held.sha256 else None
+        if content is not None and len(content) <= MAX_BYTES:
+            found[path] = (APPROVED_STATE, content)
+    return found
 
 
 def _stored(repository: Repository, heads: Iterable[Head], path: str) -> tuple[str | None, bytes | None]:

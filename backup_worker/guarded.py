@@ -20,7 +20,7 @@ import msgpack
 from backup_worker.snapshots import AgentFiles, Entry, Scope, SnapshotError
 from backup_worker.snapshots.content import copy_hashed
 from backup_worker.snapshots.disk import Tree
-from backup_worker.snapshots.listing import list_scope, signature
+from backup_worker.snapshots.listing import State, list_scope, signature
 from backup_worker.snapshots.sqlite import is_database
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def of_entries(entries: Iterable[Entry], scope: Scope) -> dict[str, str]:
     return found
 
 
-def _digest(tree: Tree, path: str, info: os.stat_result, known: tuple[list[int], str] | None) -> str | None:
+def _digest(tree: Tree, path: str, info: State, known: tuple[list[int], str] | None) -> str | None:
     """Return the SHA-256 of what stands at `path`, None for what is not guarded: folders, sockets and the like."""
     if stat.S_ISLNK(info.st_mode):
         folder, name = tree.at(path)

@@ -23,7 +23,7 @@ from typing import Any
 from backup_worker.snapshots import parts
 from backup_worker.snapshots.copier import Changed, Copier, Previous, Sleep, Unreadable, entry_of, kind_of
 from backup_worker.snapshots.disk import Tree, order
-from backup_worker.snapshots.listing import Signature, list_scope, signature
+from backup_worker.snapshots.listing import State, list_scope
 from backup_worker.snapshots.manifest import Entry, Problem
 from backup_worker.snapshots.parts import in_parts
 from backup_worker.snapshots.scope import Scope
@@ -38,7 +38,7 @@ OLD_S = 5.0
 _JSON_LIMIT_BYTES = 16 << 20
 _SPECIAL = {stat.S_IFSOCK: "socket", stat.S_IFIFO: "pipe", stat.S_IFBLK: "device", stat.S_IFCHR: "device"}
 
-Found = dict[str, os.stat_result]
+Found = dict[str, State]
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Capture:
         self.source, self.store, self.scope, self.sleep = source, store, scope, sleep
         self.copier = Copier(source, store, scratch, previous, sleep)
         self.done = Captured()
-        self._signatures: dict[str, Signature] = {}
+        self._states: dict[str, State] = {}
         self._given_up: dict[str, Problem] = {}
         self._first_of: dict[tuple[int, int], str] = {}
         self._listed: Found | None = None
@@ -105,12 +105,12 @@ class Capture:
         gone = [p for p, e in self.done.entries.items() if p not in found or kind_of(found[p]) != e.kind]
         for path in sorted(gone, key=order, reverse=True):
             self._drop(path)
-        known, given_up, todo = self._signatures, self._given_up, []
+        known, given_up, todo = self._states, self._given_up, []
         for path, info in found.items():
             special = _SPECIAL.get(stat.S_IFMT(info.st_mode))
             if special:
                 self.done.skipped[special] += 1
-            elif known.get(path) != signature(info) and path not in given_up:
+            elif known.get(path) != info and path not in given_up:
                 todo.append(path)
         # A folder comes right before what it holds.
         todo.sort(key=order)
@@ -141,24 +141,28 @@ class Capture:
     def _take_in_parts(self, paths: Sequence[str], found: Found) -> None:
         def take(part: Sequence[str]) -> Any:
             self._take_files(part, found)
-            taken = [
-                (_as_row(self.done.entries[p]), self._signatures[p]) for p in part if p in self.done.entries
-            ]
-            return taken, [(path, self._given_up[path].problem) for path in part if path in self._given_up]
+            given_up = [(path, self._given_up[path].problem) for path in part if path in self._given_up]
+            taken = []
+            for path in part:
+                # Not kept in here: this process may take many parts.
+                entry, state = self.done.entries.pop(path, None), self._states.pop(path, None)
+                if entry is not None:
+                    taken.append((_as_row(entry), None if state == found[path] else state))
+            return taken, given_up
 
         for _, (taken, given_up) in in_parts(paths, take):
-            for row, known in taken:
+            for row, state in taken:
                 entry = _from_row(row)
                 self.done.entries[entry.path] = entry
-                self._signatures[entry.path] = tuple(known)
+                self._states[entry.path] = State(*state) if state else found[entry.path]
             self._given_up |= {path: Problem(path, why) for path, why in given_up}
 
     def _drop(self, path: str) -> None:
         self.store.remove(path)
         self.done.entries.pop(path, None)
-        self._signatures.pop(path, None)
+        self._states.pop(path, None)
 
-    def _take_other(self, path: str, info: os.stat_result) -> None:
+    def _take_other(self, path: str, info: State) -> None:
         """Take a folder or a link."""
         target = None
         if stat.S_ISLNK(info.st_mode):
@@ -178,9 +182,9 @@ class Capture:
                 if xattrs := self.copier.xattrs(self.source.folder(path)):
                     entry = replace(entry, xattrs=xattrs)
         self.done.entries[path] = entry
-        self._signatures[path] = signature(info)
+        self._states[path] = info
 
-    def _take_small(self, path: str, info: os.stat_result) -> bool:
+    def _take_small(self, path: str, info: State) -> bool:
         """Take a file the short way, if it is one of the many that need no more."""
         now = clock.now()
         if now - info.st_mtime < OLD_S and path.endswith(".json"):
@@ -189,12 +193,12 @@ class Capture:
         if entry is None:
             return False
         self.done.entries[path] = entry
-        self._signatures[path] = signature(info)
+        self._states[path] = info
         return True
 
     def _take_file(self, path: str) -> None:
         """Take a file in as many tries as it needs."""
-        torn: tuple[Signature, float] | None = None
+        torn: tuple[State, float] | None = None
         for attempt in range(TRIES):
             if attempt:
                 self.sleep(min(0.01 * 2 ** (attempt - 1), 0.25))
@@ -209,12 +213,12 @@ class Capture:
                 continue
             now = clock.now()
             if now - info.st_mtime < OLD_S and self._is_torn(entry):
-                if torn is None or torn[0] != signature(info):
-                    torn = signature(info), now
+                if torn is None or torn[0] != info:
+                    torn = info, now
                 if now - torn[1] < SETTLED_S:
                     continue
             self.done.entries[path] = entry
-            self._signatures[path] = signature(info)
+            self._states[path] = info
             return
         self._give_up(path, f"kept changing while it was read ({TRIES} tries)")
 
@@ -222,14 +226,14 @@ class Capture:
         self._drop(path)
         self._given_up[path] = Problem(path, why)
 
-    def _twin(self, path: str, info: os.stat_result) -> Entry | None:
+    def _twin(self, path: str, info: State) -> Entry | None:
         """Return the entry of an earlier path that is the same file: a hard link."""
         if info.st_nlink < 2:
             return None
         key = (info.st_dev, info.st_ino)
         first = self._first_of.setdefault(key, path)
         known = self.done.entries.get(first)
-        if first == path or known is None or known.sqlite or self._signatures.get(first) != signature(info):
+        if first == path or known is None or known.sqlite or self._states.get(first) != info:
             self._first_of[key] = path
             return None
         return known

@@ -20,7 +20,7 @@ from pathlib import Path
 from backup_worker.snapshots import large, sqlite
 from backup_worker.snapshots.content import ReadError, copy_hashed, write_whole
 from backup_worker.snapshots.disk import Tree
-from backup_worker.snapshots.listing import signature
+from backup_worker.snapshots.listing import State, state_of
 from backup_worker.snapshots.manifest import Entry, Kind
 from em_bridge import clock
 
@@ -66,7 +66,7 @@ class Copier:
 
     # -- the short way ----------------------------------------------------------------------------------------------
 
-    def copy_small(self, path: str, listed: os.stat_result, now: float) -> Entry | None:
+    def copy_small(self, path: str, listed: State, now: float) -> Entry | None:
         """Copy a small file at rest as it was listed, with the fewest calls; None: it needs `copy`.
 
         `listed` is its state before, of a time not later than `now`, which is not later than the reading.
@@ -106,9 +106,7 @@ class Copier:
             inode, ctime_ns,
         )  # fmt: skip
 
-    def _read_small(
-        self, path: str, listed: os.stat_result
-    ) -> tuple[bytes, tuple[tuple[str, str], ...]] | None:
+    def _read_small(self, path: str, listed: State) -> tuple[bytes, tuple[tuple[str, str], ...]] | None:
         """Return content and attributes, or None where the file is not, before and after, what was listed."""
         try:
             fd = self.source.open_quietly(path)
@@ -117,20 +115,12 @@ class Copier:
         try:
             content = os.read(fd, listed.st_size + 1)
             xattrs = self._xattrs(fd) if self._with_xattrs else ()
-            after = os.fstat(fd)
+            after = state_of(os.fstat(fd))
         except (OSError, Changed):
             return None
         finally:
             os.close(fd)
-        if (
-            len(content) != listed.st_size
-            or after.st_ino != listed.st_ino
-            or after.st_mtime_ns != listed.st_mtime_ns
-            or after.st_ctime_ns != listed.st_ctime_ns
-            or after.st_size != listed.st_size
-            or after.st_mode != listed.st_mode
-            or sqlite.is_database(content)
-        ):
+        if len(content) != listed.st_size or after != listed or sqlite.is_database(content):
             return None
         return content, xattrs
 
@@ -156,7 +146,7 @@ class Copier:
 
     # -- the long way -----------------------------------------------------------------------------------------------
 
-    def copy(self, path: str, twin: Callable[[os.stat_result], Entry | None]) -> tuple[Entry, os.stat_result]:
+    def copy(self, path: str, twin: Callable[[State], Entry | None]) -> tuple[Entry, State]:
         """Copy the file `path`, whatever it is; return its entry and its state.
 
         `twin` returns the entry of an earlier path of this snapshot that is the same file, if there is one.
@@ -168,7 +158,7 @@ class Copier:
                 raise FileNotFoundError(path) from error
             raise Unreadable(f"cannot be opened: {(error.strerror or '').lower()}") from error
         try:
-            before = os.fstat(fd)
+            before = state_of(os.fstat(fd))
             if not stat.S_ISREG(before.st_mode):
                 raise FileNotFoundError(path)
             known = twin(before)
@@ -199,7 +189,7 @@ class Copier:
             self._with_xattrs = False
             return ()
 
-    def _dressed(self, entry: Entry, fd: int, before: os.stat_result) -> Entry:
+    def _dressed(self, entry: Entry, fd: int, before: State) -> Entry:
         """Add what is not content: attributes, and by what an unchanged file is known the next time."""
         try:
             xattrs = self.xattrs(fd)
@@ -226,7 +216,7 @@ class Copier:
             os.close(held)
         return replace(known, path=path, hardlink=known.path)
 
-    def _copy(self, path: str, fd: int, before: os.stat_result) -> Entry:
+    def _copy(self, path: str, fd: int, before: State) -> Entry:
         old = self.previous.entries.get(path) if self.previous else None
         if old is not None and _is_unchanged(old, before):
             entry = entry_of(path, before, sha256=old.sha256, size=old.size, linked=True)
@@ -257,7 +247,7 @@ class Copier:
             self.store.remove(path)
             return os.open(name, _CREATING, 0o600, dir_fd=self.store.folder(folder))
 
-    def _hash(self, path: str, fd: int, before: os.stat_result, out: int | None) -> Entry:
+    def _hash(self, path: str, fd: int, before: State, out: int | None) -> Entry:
         # Before the reading: how long that takes must not make a young file look old.
         hot = clock.now() - before.st_mtime < HOT_S
         try:
@@ -272,11 +262,11 @@ class Copier:
                     raise Changed
         except ReadError as error:
             raise Unreadable(f"cannot be read: {(error.strerror or '').lower()}") from error
-        if signature(os.fstat(fd)) != signature(before) or size != before.st_size:
+        if state_of(os.fstat(fd)) != before or size != before.st_size:
             raise Changed
         return entry_of(path, before, sha256=digest, size=size)
 
-    def _copy_database(self, path: str, fd: int, before: os.stat_result) -> Entry:
+    def _copy_database(self, path: str, fd: int, before: State) -> Entry:
         try:
             copy = sqlite.copy_database(self.source, path, fd, self._workbench())
         except sqlite.Unstable as error:
@@ -327,7 +317,7 @@ def _beginning(fd: int) -> bytes:
         raise Unreadable(f"cannot be read: {(error.strerror or '').lower()}") from error
 
 
-def kind_of(info: os.stat_result) -> Kind | None:
+def kind_of(info: State) -> Kind | None:
     """Return what an entry calls it, or None for a socket, a pipe or a device."""
     if stat.S_ISREG(info.st_mode):
         return "file"
@@ -338,7 +328,7 @@ def kind_of(info: os.stat_result) -> Kind | None:
 
 def entry_of(
     path: str,
-    info: os.stat_result,
+    info: State,
     *,
     size: int,
     sha256: str | None = None,
@@ -364,7 +354,7 @@ def _linked(old: Entry) -> Entry:
     )  # fmt: skip
 
 
-def _is_unchanged(old: Entry, info: os.stat_result) -> bool:
+def _is_unchanged(old: Entry, info: State) -> bool:
     """Tell by inode, size and times, where they can be trusted, that the file is what it was."""
     return (
         old.ctime_ns != 0

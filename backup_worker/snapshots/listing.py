@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from backup_worker.snapshots import sqlite
 from backup_worker.snapshots.disk import Tree
@@ -19,25 +20,58 @@ from backup_worker.snapshots.scope import Scope
 
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
-Signature = tuple[int, ...]
+
+class State(NamedTuple):
+    """What changes when a file is written, replaced, or has its mode, owner or names changed.
+
+    Named as in `os.stat_result`, which takes three times the memory: a large agent has a hundred thousand of them.
+    """
+
+    st_mode: int
+    st_ino: int
+    st_size: int
+    st_mtime_ns: int
+    st_ctime_ns: int
+    st_nlink: int
+    st_uid: int
+    st_gid: int
+    st_dev: int
+
+    @property
+    def st_mtime(self) -> float:
+        """Unix seconds."""
+        return self.st_mtime_ns / 1e9
+
+    @property
+    def st_ctime(self) -> float:
+        """Unix seconds."""
+        return self.st_ctime_ns / 1e9
 
 
 @dataclass
 class Listing:
-    """The paths in scope with their lstat, in no order, and the folders that could not be listed."""
+    """The paths in scope with their state, in no order, and the folders that could not be listed."""
 
-    found: dict[str, os.stat_result] = field(default_factory=dict)
+    found: dict[str, State] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
-def signature(info: os.stat_result) -> Signature:
-    """Return what changes when a file is written, replaced, or has its mode or owner changed."""
-    return (info.st_mode, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+def state_of(info: os.stat_result) -> State:
+    """Return what counts of a stat."""
+    return State(
+        info.st_mode, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns,
+        info.st_nlink, info.st_uid, info.st_gid, info.st_dev,
+    )  # fmt: skip
+
+
+def signature(info: State) -> tuple[int, ...]:
+    """Return what tells that a file changed, and is the same again after its file system was mounted anew."""
+    return info[:5]
 
 
 def list_scope(source: Tree, scope: Scope) -> Listing:
     """List what is in scope; folders on the way to it are in, so that their modes come back."""
-    listing = Listing({".": os.fstat(source.fd)})
+    listing = Listing({".": state_of(os.fstat(source.fd))})
     found = listing.found
     excludes, includes, is_folder = scope.excludes, scope.includes, stat.S_ISDIR
     pending = ["."]
@@ -59,13 +93,13 @@ def list_scope(source: Tree, scope: Scope) -> Listing:
     return listing
 
 
-def _list_folder(source: Tree, folder: str, problems: list[Problem]) -> list[tuple[str, os.stat_result]]:
+def _list_folder(source: Tree, folder: str, problems: list[Problem]) -> list[tuple[str, State]]:
     found = []
     try:
         with os.scandir(source.folder(folder)) as listing:
             for entry in listing:
                 try:
-                    found.append((entry.name, entry.stat(follow_symlinks=False)))
+                    found.append((entry.name, state_of(entry.stat(follow_symlinks=False))))
                 except FileNotFoundError:
                     continue  # gone between listing and looking: as if it had never been listed
     except OSError as error:
@@ -74,7 +108,7 @@ def _list_folder(source: Tree, folder: str, problems: list[Problem]) -> list[tup
     return found
 
 
-def _drop_companions(source: Tree, found: dict[str, os.stat_result]) -> None:
+def _drop_companions(source: Tree, found: dict[str, State]) -> None:
     """Drop the logs of databases: what is in them is in the databases' copies."""
     for path in [path for path in found if path.endswith(sqlite.COMPANIONS)]:
         base = path.rpartition("-")[0]
@@ -82,7 +116,7 @@ def _drop_companions(source: Tree, found: dict[str, os.stat_result]) -> None:
             del found[path]
 
 
-def _has_magic(source: Tree, path: str, info: os.stat_result) -> bool:
+def _has_magic(source: Tree, path: str, info: State) -> bool:
     if not stat.S_ISREG(info.st_mode):
         return False
     try:
@@ -97,7 +131,7 @@ def _has_magic(source: Tree, path: str, info: os.stat_result) -> bool:
         os.close(fd)
 
 
-def _drop_bare_ways(scope: Scope, found: dict[str, os.stat_result]) -> None:
+def _drop_bare_ways(scope: Scope, found: dict[str, State]) -> None:
     """Drop folders that are not covered themselves and turned out to lead to nothing."""
     bare = {path for path, info in found.items() if stat.S_ISDIR(info.st_mode) and not scope.covers(path)}
     if not bare - {"."}:

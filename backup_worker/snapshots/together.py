@@ -151,6 +151,8 @@ def shared_out(
     step = -(-count // TOKENS)
     children: dict[int, int] = {}
     answered: set[int] = set()
+    # The children share this memory as long as nobody writes to it, and looking for circles writes to all of it.
+    gc.freeze()
     try:
         with open(tokens, "wb") as file:
             file.write(b"".join(n.to_bytes(4, "little") for n in range(0, count, step)))
@@ -165,6 +167,7 @@ def shared_out(
             if number not in answered:
                 yield number, None
     finally:
+        gc.unfreeze()
         os.close(numbers)
         for pipe, pid in children.items():
             # Asked, not killed: it removes what it has staged.

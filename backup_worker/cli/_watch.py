@@ -44,8 +44,10 @@ def stay(config: Path, redis_url: str | None, every_s: float) -> None:
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
         while True:
+            began = clock.monotonic()
             live.update(_look(config, redis_url, console.width, every_s), refresh=True)
-            clock.sleep(every_s)
+            # With many snapshots a look takes long: half of the time is for others.
+            clock.sleep(max(every_s, clock.monotonic() - began))
 
 
 def _look(config: Path, redis_url: str | None, width: int, every_s: float) -> Group | Text:

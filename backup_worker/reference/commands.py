@@ -99,7 +99,7 @@ def _command(name: str, command: Command) -> Iterator[str]:
 
 
 def _usage(command: Command) -> str:
-    words = [str(p.metavar or p.name) for p in command.params if isinstance(p, TyperArgument)]
+    words = [_name(param) for param in command.params if isinstance(param, TyperArgument)]
     has_options = any(isinstance(param, TyperOption) for param in command.params)
     return "".join(f" {word}" for word in [*(["[OPTIONS]"] if has_options else []), *words])
 
@@ -111,13 +111,17 @@ def _is_shared(param: Parameter) -> bool:
 def _row(param: Parameter) -> str:
     help_text = (getattr(param, "help", None) or "").replace("|", "\\|")
     if isinstance(param, TyperArgument):
-        return f"| `{param.metavar or param.name}` | {help_text} |"
-    value = "" if param.is_flag else f" {param.metavar or (param.name or '').upper()}"
+        return f"| `{_name(param)}` | {help_text} |"
+    value = "" if param.is_flag else f" {_name(param)}"
     names = ", ".join(f"`{option}{value}`" for option in (*param.opts, *param.secondary_opts))
     default = param.default
     if isinstance(default, (int, float, str)) and not isinstance(default, bool) and default != "":
         help_text += f" Default: `{default}`."
     return f"| {names} | {help_text}{' Required.' if param.required else ''} |"
+
+
+def _name(param: Parameter) -> str:
+    return param.metavar or (param.name or "").upper()
 
 
 def _flowed(text: str) -> str:

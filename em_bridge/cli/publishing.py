@@ -27,7 +27,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def publish_state(
-    agent: Annotated[str, typer.Argument(metavar="AGENT")],
+    agent: Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")],
     state: Annotated[str, typer.Argument(metavar="STATE", help="ALIVE, DEGRADED or DEAD.")],
     reason: ReasonOption = "",
     config: ConfigOption = DEFAULT_CONFIG,
@@ -46,7 +46,7 @@ def publish_state(
 
 
 def publish_change(
-    agent: Annotated[str, typer.Argument(metavar="AGENT")],
+    agent: Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")],
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Relative to the agent's root.")],
     by: Annotated[str, typer.Option("--by", metavar="WHO", help="Who made the change.")],
     approved_by: Annotated[
@@ -75,8 +75,8 @@ def publish_change(
 
 
 def send(
-    sender: Annotated[str, typer.Argument(metavar="FROM")],
-    to: Annotated[str, typer.Argument(metavar="TO")],
+    sender: Annotated[str, typer.Argument(metavar="FROM", help="Who sends it.")],
+    to: Annotated[str, typer.Argument(metavar="TO", help="Who gets it.")],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The message; `-` reads it from stdin.")],
     config: ConfigOption = DEFAULT_CONFIG,
     redis_url: RedisUrlOption = None,

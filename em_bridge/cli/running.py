@@ -67,7 +67,7 @@ def em(
 
 
 def agent(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The agent's id.")],
     outbox: Annotated[
         Path | None, typer.Option("--outbox", metavar="FILE", help="Its durable queue; default NAME.outbox.")
     ] = None,
@@ -101,7 +101,7 @@ def agent(
 
 
 def run(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The agent's id.")],
     command: Annotated[
         list[str], typer.Argument(metavar="-- COMMAND...", help="The program and its arguments.")
     ],

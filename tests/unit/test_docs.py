@@ -66,6 +66,17 @@ def test_every_command_shows_an_example_of_itself(name: str, text: str) -> None:
     assert all(name in example for example in examples)
 
 
+def test_every_argument_and_option_says_what_it_is() -> None:
+    silent = [
+        f"{' '.join(words)}: {param.name}"
+        for name, program in PROGRAMS.items()
+        for words, command in reference.walked(program, (name,))
+        for param in command.params
+        if not getattr(param, "help", None)
+    ]
+    assert silent == []
+
+
 def called(words: list[str]) -> tuple[Any, Any]:
     """Return the command that a line calls, and its context made by our own parser, without running it."""
     command: Any = PROGRAMS[words[0]]

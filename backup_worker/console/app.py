@@ -15,7 +15,7 @@ from flask import Flask, jsonify, render_template, request
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from werkzeug.exceptions import HTTPException
 
-from backup_worker import alerts, changes
+from backup_worker import alerts, approvals, changes
 from backup_worker.console import (
     actions,
     feed,
@@ -98,7 +98,9 @@ def _badges() -> dict[str, int]:
     """Return how much waits on which page, for the numbers beside their names."""
     here = view()
     alone = [one for one in here.known(alerts.open_alerts, []) if one.acknowledged_at is None]
-    proposed = [one for one in here.known(changes.all_changes, []) if one.state == changes.PROPOSED]
+    rules = approvals.rules(here.config)
+    known = here.known(lambda client: changes.all_changes(client, rules), [])
+    proposed = [one for one in known if one.state == changes.PROPOSED]
     return {
         "incidents": here.known(lambda client: len(IncidentStore(client).open_ids()), 0),
         "alerts": len(alone),

@@ -225,7 +225,10 @@ def compose(
                 chosen[path] = Piece(entry, manifest.id)
     _add_ways(chosen, manifests)
     pieces = tuple(chosen[path] for path in sorted(chosen, key=disk.order))
-    used = {piece.source for piece in pieces if piece.entry.path != "."} | {manifests[0].id}
+    used = {piece.source for piece in pieces if piece.entry.path != "."}
+    if not wanted or not used:
+        # It names the whole state, also where all that it says is that something is gone.
+        used.add(manifests[0].id)
     sources = tuple(manifest.id for manifest in manifests if manifest.id in used)
     return RestorePlan(repo, agent, pieces, sources, tuple(m.scope for m in manifests), wanted)
 

@@ -277,3 +277,29 @@ def test_what_cannot_be_read_is_named_below_a_list(shell: Shell) -> None:
     code, _, err = shell.run("list")
     assert code == 0
     assert f"snapshot “{first}” cannot be read" in err
+
+
+def test_a_state_of_another_time_and_single_paths_come_from_the_tiers_that_hold_them(shell: Shell) -> None:
+    weekly = shell.json("backup", "z", "--tier", "weekly")["snapshots"][0]
+    shell.z.write("memory/notes.md", "newer than the weekly one\n")
+    daily = shell.json("backup", "z", "--tier", "daily")["snapshots"][0]
+    shell.z.write("SOUL.md", "poisoned\n")
+    shell.z.write("memory/since.md", "in no backup\n")
+    (dry,) = shell.json("restore", "z", "--dry-run")
+    assert dry["from"] == [daily["id"], weekly["id"]]
+    assert (dry["added"], dry["changed"], dry["removed"]) == ([], ["SOUL.md"], ["memory/since.md"])
+    assert dry["lost"] == ["SOUL.md", "memory/since.md"]
+    (dry,) = shell.json("restore", "z", "--dry-run", "--as-of", repr(weekly["created_at"]))
+    assert (dry["from"], dry["changed"]) == ([weekly["id"]], ["SOUL.md", "memory/notes.md"])
+    assert dry["lost"] == ["SOUL.md", "memory/since.md"], "the newer notes are in the daily backup"
+    assert shell.run("restore", "z", "--dry-run", "--as-of", repr(weekly["created_at"] - 1))[0] == 4
+    (done,) = shell.json(
+        "restore", "z", "--path", "SOUL.md", "--path", "skills/*", "--to", str(shell.base / "out")
+    )
+    assert (done["from"], done["files"]) == ([weekly["id"]], 2)
+    assert sorted(content_of(shell.base / "out")) == ["SOUL.md", "skills", "skills/greet.py"]
+    (done,) = shell.json("restore", "z", "--path", "memory")
+    assert (done["from"], done["files"]) == ([daily["id"]], 2)
+    assert (shell.z.root / "SOUL.md").read_text() == "poisoned\n", "nothing but that path is touched"
+    assert not (shell.z.root / "memory" / "since.md").exists()
+    assert (Path(done["evidence"]) / "memory" / "since.md").read_text() == "in no backup\n"

@@ -8,7 +8,6 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -161,9 +160,10 @@ def test_the_rights_are_written_as_the_text_says(reader: Reader) -> None:
     assert stat.S_IMODE((reader.home / "passwords.json").stat().st_mode) == 0o600
 
 
-@pytest.fixture
-def stored(reader: Reader) -> Iterator[Path]:
-    """A repository with everything that makes bringing it back by hand hard; and where it is."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an agent and a repository with everything that makes bringing it back by hand hard."""
+    reader = Reader(tmp_path_factory.mktemp("made"))
     root = reader.home / "fleet" / "z"
     write(root / "SOUL.md", "I am z\n")
     write(root / "priority_weights.json", '{"impact": 0.7}\n')
@@ -183,7 +183,14 @@ def stored(reader: Reader) -> Iterator[Path]:
     write(root / "SOUL.md", "")
     # Exit code 1, because it is suspect; it has to be passed over by hand, too.
     reader.run("! backup-worker backup --tier weekly")
-    yield reader.home / "backups"
+    return reader.home
+
+
+@pytest.fixture
+def stored(reader: Reader, made: Path) -> Path:
+    """The repository of a copy of `made` in the reader's home."""
+    reader.run('cp -a "$MADE/." .', MADE=made)
+    return reader.home / "backups"
 
 
 def tree(root: Path) -> dict[str, tuple[str, bytes | str]]:

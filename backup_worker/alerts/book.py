@@ -71,14 +71,14 @@ class OpenAlert:
     resolved_at: float | None = None
 
     @property
-    def is_new(self) -> bool:
-        """Whether nobody has been told everything there is to tell, for the first time or again."""
-        return self.rounds == 0
-
-    @property
     def is_resolved(self) -> bool:
         """Whether only the notice of its end is still to be sent."""
         return self.resolved_at is not None
+
+    @property
+    def is_news(self) -> bool:
+        """Whether the present turn is no repetition."""
+        return self.rounds == 0 or self.is_resolved
 
     def next_turn(self, due_at: float, **changes: Any) -> OpenAlert:
         """Return the alert with something new to tell at `due_at`."""

@@ -1,8 +1,9 @@
 """Who is to be told what now: a pure plan from the open alerts, the silences, the receivers and the time.
 
-Promise: what happens within the window `group_s` is one message a receiver, and no first page waits for longer than
-that. What follows of a kind that was just told is held back for a few windows more, so that a storm is a handful of
-pages; so are notices of the end. Repetitions come after pauses that double, up to a day, and together where they are
+Promise: what happens within the window `group_s` is one message a receiver, and the first page of something critical
+waits no longer than that. What is milder, and notices of an end, wait until a window has passed with nothing more of
+their kind, a few windows at most; what follows of a kind that was just told is held back as long. So a storm is a
+handful of pages. Repetitions come after pauses that double, up to a day, and together where they are
 due within a quarter of a pause. A receiver that fails is tried again after pauses that double, and at once when
 something critical is new; the others are not held up by it.
 
@@ -29,8 +30,8 @@ LONGEST_PAUSE_S: Final = 86400.0
 INFO_S: Final = 7 * 86400.0
 """How long a notice is remembered after it was told, so that raising it again is no news. It is not repeated."""
 
-FOLLOW_UP_WINDOWS: Final = 6
-"""For how many windows what follows of the same kind is held back."""
+MOST_WINDOWS: Final = 6
+"""For how many windows at most something is held back, so that more of its kind comes into the same message."""
 
 FIRST_RETRY_S: Final = 30.0
 LONGEST_RETRY_S: Final = 900.0
@@ -116,7 +117,7 @@ def plan_delivery(
 
 def after_success(state: ReceiverState, delivery: Delivery, shown: str, now: float) -> ReceiverState:
     """Return the state of a receiver that has got `delivery`."""
-    heard = (END,) if delivery.is_end else (kinds.name_of(one.key) for one in delivery.alerts if one.is_new)
+    heard = (_flock_of(one) for one in delivery.alerts if one.is_news)
     pages = dict(state.pages) | dict.fromkeys(heard, now)
     return ReceiverState(shown=shown, tried_at=now, told_at=now, pages=pages)
 
@@ -197,8 +198,7 @@ class _Planning:
         return takes
 
     def _due_at(self, alert: OpenAlert) -> float:
-        waits = alert.is_new or alert.is_resolved
-        return alert.due_at + (self.policy.group_s if waits else 0.0)
+        return alert.due_at + (self.policy.group_s if alert.is_news else 0.0)
 
     def _at(self, due: float, alert: OpenAlert, after: OpenAlert | None) -> bool:
         """Let `alert` become `after` if it is `due`, else look again then."""
@@ -218,7 +218,8 @@ class _Planning:
     def _due(self, identifier: str, alerts: Sequence[OpenAlert]) -> Iterator[OpenAlert]:
         """Yield what goes into one message now; nothing if it is not time for it yet."""
         state = self.states.get(identifier, ReceiverState())
-        times = {one.key: self._time_of(one, state) for one in alerts}
+        spans = self._spans(alerts)
+        times = {one.key: self._time_of(one, state, spans) for one in alerts}
         urgent = any(self._is_urgent(one, state) for one in alerts)
         gate = max(state.busy_until, 0.0 if urgent else state.retry_at)
         when = max(min(times.values()), gate)
@@ -228,26 +229,47 @@ class _Planning:
         slack_s = self.policy.repeat_s / 4
         for one in alerts:
             # Whatever is new goes along, also what could still wait.
-            if one.is_new or one.is_resolved or times[one.key] <= self.now + slack_s:
+            if one.is_news or times[one.key] <= self.now + slack_s:
                 yield one
             else:
                 self.looks.append(times[one.key])
 
-    def _time_of(self, alert: OpenAlert, state: ReceiverState) -> float:
-        """Return when `alert` is to be told to a receiver at the latest."""
+    def _spans(self, alerts: Sequence[OpenAlert]) -> dict[str, tuple[float, float]]:
+        """Return from when to when what is new of each flock was due."""
+        spans: dict[str, tuple[float, float]] = {}
+        for one in alerts:
+            if one.is_news:
+                due = self._due_at(one)
+                first, last = spans.get(_flock_of(one), (due, due))
+                spans[_flock_of(one)] = min(first, due), max(last, due)
+        return spans
+
+    def _time_of(
+        self, alert: OpenAlert, state: ReceiverState, spans: Mapping[str, tuple[float, float]]
+    ) -> float:
+        """Return when `alert` is to be told to a receiver; `spans` are of all that waits for the same message."""
         due = self._due_at(alert)
-        if not (alert.is_new or alert.is_resolved):
+        if not alert.is_news:
             return due
-        heard = state.pages.get(END if alert.is_resolved else kinds.name_of(alert.key))
-        return due if heard is None else max(due, heard + FOLLOW_UP_WINDOWS * self.policy.group_s)
+        longest_s = MOST_WINDOWS * self.policy.group_s
+        if alert.is_resolved or alert.severity != "critical":
+            first, last = spans[_flock_of(alert)]
+            due = min(last, first - self.policy.group_s + longest_s)
+        heard = state.pages.get(_flock_of(alert))
+        return due if heard is None else max(due, heard + longest_s)
 
     def _is_urgent(self, alert: OpenAlert, state: ReceiverState) -> bool:
         """Tell whether `alert` is worth trying a receiver that has failed: it is critical, and came since."""
-        if alert.severity != "critical" or not alert.is_new or alert.is_resolved:
+        if alert.severity != "critical" or alert.rounds or alert.is_resolved:
             return False
         return self._due_at(alert) <= self.now and (
             state.tried_at is None or self._due_at(alert) > state.tried_at
         )
+
+
+def _flock_of(alert: OpenAlert) -> str:
+    """Return what an alert is held back together with: its kind, or the ends of all."""
+    return END if alert.is_resolved else kinds.name_of(alert.key)
 
 
 def _message_of(alert: OpenAlert) -> str:

@@ -60,6 +60,8 @@ class Fleet:
             "history": "../backups/system-history.jsonl",
             "state": "../var",
             "alerts": [alerts_to],
+            # Nobody wants to wait for a page in a demo.
+            "paging": {"group_seconds": 1},
         }
         agents = {"agents": {agent: self._agent_entry(agent) for agent in DEPENDS_ON}}
         for name, content in (("backup_schedule.json", schedule), ("agents.json", agents)):

@@ -69,8 +69,8 @@ def test_fifty_deaths_at_once_make_one_page_with_a_list(history: History) -> Non
     desk = Desk(history)
     for number in range(50):
         desk.raise_(f"recovery/a{number:02}", number * 0.05, "warning", f"a{number:02}")
-    assert desk.deliver(4) == []
-    deliver_due(desk.client, desk.receivers, history, 5, policy=desk.policy, send=desk.phone)
+    assert desk.deliver(7) == []
+    deliver_due(desk.client, desk.receivers, history, 7.5, policy=desk.policy, send=desk.phone)
     ((_, title, body),) = desk.phone.got
     recovered = kinds.KINDS["recovery"].title
     assert title == f"[warning] 50 times: {recovered}: a00, a01, a02 and 47 more"
@@ -85,6 +85,22 @@ def test_no_first_page_waits_longer_than_the_window_whatever_comes_behind_it(his
         desk.raise_(f"missing/daily/a{now}", now, agent=f"a{now}")
         told += [(now, title) for title in desk.deliver(now)]
     assert told[0][0] == 5
+
+
+def test_what_is_milder_waits_until_no_more_comes_but_not_for_ever_and_holds_up_nothing_critical(
+    history: History,
+) -> None:
+    desk = Desk(history, group_s=5)
+    told = []
+    for now in range(100):
+        if now < 90:
+            desk.raise_(f"recovery/a{now}", now, "warning", f"a{now}")
+        if now == 12:
+            desk.raise_("escalation/a1", now, "critical", "a1")
+        told += [(now, title.split(":")[0]) for title in desk.deliver(now)]
+    assert told == [
+        (17, "phone [critical] 19 alerts"), (48, "phone [warning] 31 times"), (79, "phone [warning] 31 times"),
+    ]  # fmt: skip
 
 
 def test_what_follows_of_the_same_kind_is_held_back_and_another_kind_is_not(history: History) -> None:
@@ -114,7 +130,7 @@ def test_each_end_is_told_and_many_at_once_in_one_message(history: History) -> N
         if now < 60:
             desk.resolve(f"recovery/a{now - 10}", now)
         ends += [(now, title) for title in desk.deliver(now)]
-    assert [at for at, _ in ends] == [15, 45, 75]
+    assert [at for at, _ in ends] == [40, 70]
     assert all(title.startswith("phone [resolved] ") for _, title in ends)
     assert desk.client.hlen(book.OPEN) == 0
 

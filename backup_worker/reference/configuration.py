@@ -68,12 +68,21 @@ def _inner(schema: dict[str, Any], value: dict[str, Any]) -> tuple[str, dict[str
     """Return the map that `value` is, or is a map of, and what stands in the path for its keys."""
     for one in (value, *value.get("anyOf", ())):
         if "$ref" in one:
-            shape = schema["$defs"][one["$ref"].removeprefix("#/$defs/")]
+            shape = _shape(schema, one)
             return ("", shape) if "properties" in shape else None
         for inner in one.get("patternProperties", {}).values():
             if "$ref" in inner:
-                return ".NAME", schema["$defs"][inner["$ref"].removeprefix("#/$defs/")]
+                return ".NAME", _shape(schema, inner)
+        items = one.get("items", {})
+        for inner in (items, *items.get("anyOf", ())):
+            if "$ref" in inner and "properties" in _shape(schema, inner):
+                return "[]", _shape(schema, inner)
     return None
+
+
+def _shape(schema: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = schema["$defs"][reference["$ref"].removeprefix("#/$defs/")]
+    return found
 
 
 def _is_a(value: dict[str, Any]) -> str:
@@ -97,7 +106,7 @@ def _default(key: str, value: dict[str, Any], required: list[str], inner: object
         return "required"
     if value.get("default") is not None:
         return f"`{json.dumps(value['default'], ensure_ascii=False)}`"
-    if inner is not None and "default" not in value:
+    if inner is not None and "default" not in value and value.get("type") != "array":
         return "see below"
     kind = value.get("type")
     return {"array": "`[]`", "object": "`{}`"}.get(str(kind), "none")

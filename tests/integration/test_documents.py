@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from backup_worker import starter
+from backup_worker.config import SCHEDULE_FILE, load
 from backup_worker.fleet import discover
 from em_bridge import streams
 from em_bridge.events import decode
@@ -158,6 +159,33 @@ def test_the_rights_are_written_as_the_text_says(reader: Reader) -> None:
     assert {"dispatcher", "worker", "agent-z"} <= set(words)
     assert not any(word in (reader.home / "users.acl").read_text() for word in words.values())
     assert stat.S_IMODE((reader.home / "passwords.json").stat().st_mode) == 0o600
+
+
+def test_an_approver_s_line_is_made_as_the_text_says(reader: Reader) -> None:
+    needs("ssh-keygen", why="approvals are signed with it")
+    write(reader.home / "fleet" / "z" / "SOUL.md", "I\n")
+    reader.run(
+        "backup-worker init --from fleet && mkdir .ssh && ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519"
+    )
+    assert "signed counts as approved" in reader.block("signers")
+    signed = "ssh-keygen -q -Y sign -n agent-backup -f .ssh/id_ed25519 < statement > signature"
+    proven = (
+        "ssh-keygen -q -Y verify -n agent-backup -I kari -f config/allowed_signers -s signature < statement"
+    )
+    reader.run(f"echo yes > statement && {signed} && {proven}")
+
+
+def test_the_receivers_that_the_text_shows_are_a_configuration(tmp_path: Path) -> None:
+    (shown,) = (
+        json.loads(block.text)
+        for block in documents.blocks(documents.ROOT / "docs" / "operations.md")
+        if block.language == "json" and '"alerts"' in block.text
+    )
+    starter.write(tmp_path, starter.contents(tmp_path, [], "UTC"))
+    file = tmp_path / SCHEDULE_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | shown))
+    loaded = load(tmp_path, environ={"SMTP_PASSWORD": "x"}, check_alerts=True)
+    assert len(loaded.schedule.alerts) == 2
 
 
 @pytest.fixture(scope="module")

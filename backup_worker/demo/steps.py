@@ -236,7 +236,11 @@ class Demo:
             )
             self.show.say(f"{len(poisoned)} snapshots, one word changed in each: none of them is used")
             title = "leroy could not be recovered"
-            wait_for("the human's page", 15, lambda: any(title in f"{head} {body}" for head, body in self.pager.pages))
+            wait_for(
+                "the human's page",
+                15,
+                lambda: any(title in f"{head} {body}" for head, body in self.pager.pages),
+            )
             self.show.say(f"a human was told: “{title}”; everything that is known: {report}")
             step.facts = {"evidence": str(report.parent), "poisoned": len(poisoned)}
 

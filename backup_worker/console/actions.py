@@ -31,6 +31,7 @@ VERIFY_WAIT_S = 1.5
 """How long a page waits for a verification; one that takes longer goes on by itself."""
 
 MAX_REASON = 500
+SILENCE_HOURS = ("1", "4", "24", "168")
 
 
 def note(here: View, action: str, **facts: Any) -> None:
@@ -178,6 +179,30 @@ def acknowledge() -> Response:
     alert = alerts.acknowledge(here.runtime.redis, key, g.who, here.now)
     note(here, "acknowledge", key=key, agent=alert.agent)
     flash(f"Acknowledged: {alert.title}", "good")
+    return redirect(url_for("pages.alerts_page"))
+
+
+@blueprint.post("/silences")
+def silence() -> Response:
+    """Do not send some alerts for a while."""
+    here = with_redis()
+    hours, why = request.form.get("hours", ""), needed_reason("a silence")
+    if hours not in SILENCE_HOURS:
+        raise UsageError("a silence needs an end", hint=f"in hours: {', '.join(SILENCE_HOURS)}")
+    names = request.form.get("names", "").split()
+    begun = here.runtime.silence(names, for_s=3600.0 * int(hours), by=g.who, why=why)
+    note(here, "silence", id=begun.id, names=names, reason=why)
+    flash(f"Silence {begun.id} has begun; the alerts are still raised, shown and on the record.", "good")
+    return redirect(url_for("pages.alerts_page"))
+
+
+@blueprint.post("/silences/<identifier>/end")
+def unsilence(identifier: str) -> Response:
+    """End a silence early."""
+    here = with_redis()
+    here.runtime.unsilence(identifier, by=g.who)
+    note(here, "unsilence", id=identifier)
+    flash(f"Silence {identifier} has ended; what it held back is sent.", "good")
     return redirect(url_for("pages.alerts_page"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from flask import Blueprint, render_template, request
 
-from backup_worker import alerts, approvals, changes, proposals
+from backup_worker import alerts, approvals, changes, proposals, status
 from backup_worker.console import fleet, graph, record, slots, weights
 from backup_worker.console.fleet import status_of
 from backup_worker.console.live import live, view
@@ -169,5 +169,13 @@ def _receiver(url: str) -> str:
 def alerts_page() -> str:
     """Show what a human should know."""
     here = view()
-    receivers = [_receiver(one.url) for one in here.config.schedule.alerts]
-    return render_template("alerts.html", alerts=here.known(alerts.open_alerts, []), receivers=receivers)
+    found = here.known(alerts.open_alerts, [])
+    silent = here.known(lambda client: alerts.silences.active(client, here.now), [])
+    hushed = {one.key: silence for one in found for silence in silent if silence.covers(one, here.now)}
+    receivers = here.known(
+        lambda _: status.receivers(here.runtime),
+        [{"receiver": _receiver(one.url)} for one in here.config.schedule.alerts],
+    )
+    return render_template(
+        "alerts.html", page=paged(found), silences=silent, hushed=hushed, receivers=receivers, kinds=alerts.kinds,
+    )  # fmt: skip

@@ -38,7 +38,7 @@ ACCESS: Mapping[str, str] = {
     **_all(OPERATOR, "restores.", "wizard start"),
     **_all(OPERATOR, "incidents.", "evidence acknowledge"),
     **_all(OPERATOR, "traffic.", "retry drop replay"),
-    **_all(OPERATOR, "actions.", "pin unpin verify acknowledge recover pause resume"),
+    **_all(OPERATOR, "actions.", "pin unpin verify acknowledge silence unsilence recover pause resume"),
     **_all(
         OPERATOR, "rq_dashboard.", "delete_job_view requeue_job_view requeue_all empty_queue compact_queue"
     ),

@@ -165,7 +165,8 @@ def test_metrics_may_be_read_with_a_name_and_password(world: World, app: Flask) 
 
 # The whole of what each role may do beyond looking, written down a second time: a change of the table must be meant.
 ACTS = frozenset({
-    "actions.acknowledge", "actions.pause", "actions.pin", "actions.recover", "actions.resume", "actions.unpin",
+    "actions.acknowledge", "actions.pause", "actions.pin", "actions.recover", "actions.resume", "actions.silence",
+    "actions.unpin", "actions.unsilence",
     "actions.verify", "files.archive", "files.file", "incidents.acknowledge", "incidents.evidence", "restores.start",
     "restores.wizard", "rq_dashboard.compact_queue", "rq_dashboard.delete_job_view", "rq_dashboard.empty_queue",
     "rq_dashboard.requeue_all", "rq_dashboard.requeue_job_view", "traffic.drop", "traffic.replay", "traffic.retry",

@@ -15,6 +15,7 @@ import pytest
 from backup_worker import starter
 from backup_worker.config import SCHEDULE_FILE, load
 from backup_worker.fleet import discover
+from backup_worker.history import History
 from em_bridge import streams
 from em_bridge.events import decode
 from tests import documents
@@ -43,6 +44,7 @@ def run_python(code: str, folder: Path, url: str) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize(("document", "code"), EXAMPLES)
 def test_the_python_examples_run(document: str, code: str, tmp_path: Path, valkey: ValkeyServer) -> None:
+    History(tmp_path / "system-history.jsonl").append("backup", now=1795440004.25, agent="z")
     done = run_python(code, tmp_path, valkey.url)
     assert done.returncode == 0, f"{document}: {done.stderr}"
 

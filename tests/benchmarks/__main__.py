@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.benchmarks import bus, console, engine, parts, peers
+from tests.benchmarks import bus, console, ends, engine, parts, peers
 from tests.benchmarks.measure import Settings, Table, machine, remove
 
 BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
@@ -23,6 +23,8 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
     "route": bus.route,
     "replay": bus.replay,
     "dispatch": bus.dispatch,
+    "ends": ends.ends,
+    "kinds": ends.kinds,
     "restart": parts.restart,
     "latency": parts.latency,
     "idle": parts.idle,

@@ -1,6 +1,6 @@
 """What the parts are compared with: RQ as it comes, and a router of ten lines.
 
-`python -m tests.benchmarks.bare worker|router URL` runs one.
+`python -m tests.benchmarks.bare worker|router|burst URL [KIND]` runs one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,27 @@ def copy_folder(source: str, target: str) -> None:
     building = f"{target}.new"
     shutil.copytree(source, building)
     os.rename(building, target)
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def burst(url: str, kind: str) -> None:
+    """Work off what is in the queue with one kind of RQ worker, and print the seconds."""
+    import time
+
+    import redis
+    import rq.worker
+    from rq import Queue
+    from rq.serializers import JSONSerializer
+
+    client = redis.Redis.from_url(url)
+    queues = [Queue(QUEUE, connection=client, serializer=JSONSerializer)]
+    made = getattr(rq.worker, kind)(queues, connection=client, serializer=JSONSerializer)
+    begun = time.perf_counter()
+    made.work(burst=True, logging_level="WARNING")
+    print(time.perf_counter() - begun)
 
 
 def worker(url: str) -> None:
@@ -44,4 +65,4 @@ def router(url: str) -> None:
 
 
 if __name__ == "__main__":
-    {"worker": worker, "router": router}[sys.argv[1]](sys.argv[2])
+    {"worker": worker, "router": router, "burst": burst}[sys.argv[1]](*sys.argv[2:])

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -215,14 +215,14 @@ def _our_latency(settings: Settings, fleet: data.Fleet, count: int) -> list[floa
             watch = SnapshotWatch(folder / "backups" / "on-change", 2)
             watch.start()
             _publish_one(em, fleet, 0)
-            _until(lambda: len(watch.found) >= 2, "the first snapshot")
+            wait_until(lambda: len(watch.found) >= 2, "the first snapshot")
             published = {}
             begun = time.monotonic()
             for number in range(count):
                 time.sleep(max(0.0, begun + number / EVENTS_PER_S - time.monotonic()))
                 at = time.time()
                 published[_publish_one(em, fleet, number)] = at
-            _until(lambda: published.keys() <= watch.found.keys(), "every snapshot")
+            wait_until(lambda: published.keys() <= watch.found.keys(), "every snapshot")
             watch.over.set()
             watch.join()
     return [watch.found[entry] - at for entry, at in published.items()]
@@ -252,23 +252,24 @@ def _bare_latency(settings: Settings, fleet: data.Fleet, count: int) -> list[flo
                 queue.enqueue(bare.copy_folder, source, str(folder / str(number)))
 
             enqueue(-1)
-            _until(lambda: "-1" in watch.found, "the first copy")
+            wait_until(lambda: "-1" in watch.found, "the first copy")
             published = {}
             begun = time.monotonic()
             for number in range(count):
                 time.sleep(max(0.0, begun + number / EVENTS_PER_S - time.monotonic()))
                 published[str(number)] = time.time()
                 enqueue(number)
-            _until(lambda: published.keys() <= watch.found.keys(), "every copy")
+            wait_until(lambda: published.keys() <= watch.found.keys(), "every copy")
             watch.over.set()
             watch.join()
     remove(folder)
     return [watch.found[name] - at for name, at in published.items()]
 
 
-def _until(done: object, what: str) -> None:
+def wait_until(done: Callable[[], object], what: str) -> None:
+    """Wait until `done()` is true; raises TimeoutError."""
     deadline = time.monotonic() + 120.0
-    while not done():  # type: ignore[operator]
+    while not done():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not come")
         time.sleep(0.01)
@@ -290,7 +291,7 @@ def idle(settings: Settings) -> Iterator[Table]:
     up = ["backup_worker", "up", "--config", str(config), "--listen", f"127.0.0.1:{_free_port()}"]
     with started([up], {}, folder / "parts.log") as [tree]:
         url_file = folder / "var" / "valkey" / "url"
-        _until(url_file.exists, "the embedded server")
+        wait_until(url_file.exists, "the embedded server")
         url = url_file.read_text().strip()
         beating = [["em_bridge", "agent", name] for name in fleet.agents]
         with (

@@ -20,7 +20,7 @@ from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import DamagedSnapshot, SnapshotError, from_os_error, printable
 from backup_worker.snapshots.evidence import keep_evidence
 from backup_worker.snapshots.manifest import Entry
-from backup_worker.snapshots.staging import carry_over, stage
+from backup_worker.snapshots.staging import carry_over, stage, stays_readable
 from backup_worker.snapshots.state import RestorePlan, compare
 from backup_worker.snapshots.together import Sync, Work, alone
 from backup_worker.snapshots.verify import unproven
@@ -124,6 +124,7 @@ class _Replacing:
             raise
         root = self.plan.by_path.get(".")
         if workshop.inside and root is not None:
+            os.chmod(self.target, root.mode)
             os.utime(self.target, ns=(root.mtime_ns, root.mtime_ns))
         return self.kept
 
@@ -137,10 +138,14 @@ class _Replacing:
                         folders, blocked = carry_over(self.plan, old, staged)
                     if self.evidence is not None and self.kept is None:
                         self.kept = keep_evidence(self.plan.agent, self.target, self.evidence, also=blocked)
+                undressed = [*entries, *folders]
+                privileged = os.geteuid() == 0
+                dress(staged, (entry for entry in undressed if stays_readable(entry, privileged)))
                 yield Sync(staged.fd, weight=len(self.plan.pieces) + self.plan.bytes // 32768)
                 self._prove(staged)
-                dress(staged, [*entries, *folders])
-                yield Sync(staged.fd)
+                if secret := [entry for entry in undressed if not stays_readable(entry, privileged)]:
+                    dress(staged, secret)
+                    yield Sync(staged.fd)
             # Reading and building are over: nothing from here on needs space, or the right to read.
             swap.swap(workshop)
             yield Sync(around.fd)

@@ -22,7 +22,7 @@ from backup_worker.snapshots.state import Piece, RestorePlan, is_special
 
 
 def stage(plan: RestorePlan, staged: Tree) -> list[Entry]:
-    """Copy every piece; return those that get their modes and times only when they have been read back.
+    """Copy every piece; return those that do not have their modes and times yet.
 
     The content is compared when it is read back from the disk, so that it is hashed once.
     """
@@ -34,7 +34,7 @@ def stage(plan: RestorePlan, staged: Tree) -> list[Entry]:
         entry = piece.entry
         if entry.kind == "file":
             (twins if entry.hardlink else files).append(piece)
-            if not _is_finished_at_once(entry, privileged):
+            if not stays_readable(entry, privileged):
                 later.append(entry)
             continue
         if entry.kind == "link":
@@ -48,7 +48,7 @@ def stage(plan: RestorePlan, staged: Tree) -> list[Entry]:
 
         def copy(part: Sequence[Piece]) -> None:
             for piece in part:
-                finish = _is_finished_at_once(piece.entry, privileged)
+                finish = stays_readable(piece.entry, privileged)
                 try:
                     copy_file(sources[piece.source], staged, piece.entry, finish=finish)
                 except FileExistsError:
@@ -69,9 +69,10 @@ def stage(plan: RestorePlan, staged: Tree) -> list[Entry]:
     return later
 
 
-def _is_finished_at_once(entry: Entry, privileged: bool) -> bool:
-    """Tell whether the file can still be read, to be proven, when it has its mode."""
-    return privileged or entry.mode & 0o400 != 0
+def stays_readable(entry: Entry, privileged: bool) -> bool:
+    """Tell whether it, and what it holds, can still be read back when it has its mode."""
+    needed = {"file": 0o400, "dir": 0o500, "link": 0}[entry.kind]
+    return privileged or entry.mode & needed == needed
 
 
 def _join(staged: Tree, entry: Entry) -> bool:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,11 @@ def finish_interrupted(target: Path) -> Outcome | None:
             with disk.locked(fd, wait=False) as free:
                 if not free:
                     raise SnapshotError(f"a restore into “{target}” is under way")
+                mode = _root_mode(workshop)
                 outcome = _settle(workshop) or outcome
                 _clear(workshop)
+                if mode is not None:
+                    os.chmod(target, mode)
         finally:
             os.close(fd)
     return outcome
@@ -157,8 +161,23 @@ def _swap_inside(workshop: Workshop) -> None:
     old = [name for name in os.listdir(workshop.target) if name != WORKSHOP]
     os.mkdir(workshop.path / "old", 0o700)
     disk.sync_folder(workshop.path)
-    _write_journal(workshop, {"old": old, "new": os.listdir(workshop.tree)})
+    new = os.listdir(workshop.tree)
+    _write_journal(workshop, {"old": old, "new": new, "modes": _made_movable(workshop.tree, new)})
     _settle(workshop)
+
+
+def _made_movable(tree: Path, names: list[str]) -> dict[str, int]:
+    """Let the owner write to the folders in `tree`, and to it (`.`); return the modes they are to get back.
+
+    Who is not root may not move a folder that may not be written.
+    """
+    modes = {name: os.lstat(tree / name).st_mode for name in [".", *names]}
+    locked = {
+        name: mode & 0o7777 for name, mode in modes.items() if stat.S_ISDIR(mode) and mode & 0o700 != 0o700
+    }
+    for name, mode in locked.items():
+        os.chmod(tree / name, mode | 0o700)
+    return locked
 
 
 def _write_journal(workshop: Workshop, document: dict[str, Any]) -> None:
@@ -201,11 +220,14 @@ def _move_inside(workshop: Workshop, document: dict[str, Any]) -> Outcome:
     old, target = workshop.path / "old", workshop.target
     for name in document["old"]:
         if not os.path.lexists(old / name) and os.path.lexists(target / name):
-            os.rename(target / name, old / name)
+            _move(target / name, old / name)
     disk.sync_folder(old)
     for name in document["new"]:
         if os.path.lexists(workshop.tree / name):
             os.rename(workshop.tree / name, target / name)
+    modes = document.get("modes", {})
+    for name in modes.keys() - {"."}:
+        os.chmod(target / name, modes[name])
     disk.sync_folder(target)
     if workshop.tree.is_dir():
         info = os.stat(workshop.tree)
@@ -213,6 +235,25 @@ def _move_inside(workshop: Workshop, document: dict[str, Any]) -> Outcome:
             os.chown(target, info.st_uid, info.st_gid)
         os.chmod(target, info.st_mode & 0o7777)
     return "finished"
+
+
+def _move(path: Path, to: Path) -> None:
+    try:
+        os.rename(path, to)
+    except PermissionError:
+        # The old tree: what it was like is in the evidence.
+        os.chmod(path, 0o700)
+        os.rename(path, to)
+
+
+def _root_mode(workshop: Workshop) -> int | None:
+    """Return the mode that the target gets when the workshop inside it is gone; None if it has it already."""
+    try:
+        document = json.loads((workshop.path / _JOURNAL).read_bytes())
+    except FileNotFoundError:
+        return None
+    mode: int | None = document.get("modes", {}).get(".")
+    return mode
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

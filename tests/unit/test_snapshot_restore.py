@@ -304,6 +304,26 @@ def test_read_only_folders_and_secret_files_come_back() -> None:
         (place.root / "memory/locked").chmod(0o700)
 
 
+def test_read_only_folders_can_be_moved_inside_a_mount_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap, "choose", swap.inside)
+    with without_privileges() as base:
+        place = Place(base).fill()
+        (place.root / "skills").chmod(0o500)
+        (place.root / "memory").chmod(0o500)
+        place.root.chmod(0o500)
+        place.take()
+        before = content_of(place.root)
+        place.root.chmod(0o700)
+        place.write("SOUL.md", "ruined")
+        restore(place)
+        assert content_of(place.root) == before
+        assert {name: (place.root / name).stat().st_mode & 0o777 for name in (".", "skills", "memory")} == {
+            ".": 0o500, "skills": 0o500, "memory": 0o500,
+        }  # fmt: skip
+        for name in (".", "skills", "memory"):
+            (place.root / name).chmod(0o700)
+
+
 def test_where_the_folders_cannot_change_places_the_restore_works_inside(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 from backup_worker.snapshots import disk
 
-AT_ONCE = 24
-"""Works that wait for the disk together; each has about ten open files."""
+AT_ONCE = 48
+"""Works that wait for the disk together; each has about ten open files, of 1,024 that a process commonly may have."""
 WEIGHT_AT_ONCE = 6000
 TOKENS = 8192
 """So many shares of the works fit into a pipe (64 KiB, or 32 where a user has many pipes)."""

@@ -9,6 +9,9 @@ COPY backup_worker backup_worker
 RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM python:3.13-slim
+# ssh-keygen checks the signatures of approvals.
+RUN apt-get update && apt-get install --yes --no-install-recommends openssh-client \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 backup \
     && mkdir -p /backups /agents /state \
     && chown backup:backup /backups /agents /state \

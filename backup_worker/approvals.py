@@ -203,9 +203,8 @@ def allowed(client: Redis, rules: Rules, agent: str, after: str) -> dict[str, di
     """Return by path and SHA-256 the approved changes of `agent` whose decisions stand on the stream behind `after`."""
     limit = streams.id_order(after) if after else (0, 0)
     found: dict[str, dict[str, Change]] = {}
-    for one in changes.all_changes(client, rules):
-        mine = one.agent.lower() == agent.lower() and one.decision == APPROVED
-        if mine and streams.id_order(one.decided_entry) > limit:
+    for one in changes.all_changes(client, rules, agent, after or "0-0"):
+        if one.decision == APPROVED and streams.id_order(one.decided_entry) > limit:
             for path, digest in one.sha256.items():
                 found.setdefault(path, {})[digest] = one
     return found

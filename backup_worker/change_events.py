@@ -22,6 +22,7 @@ from backup_worker.schedule import slot_name
 from backup_worker.snapshots import Entry, Manifest, Scope, SnapshotError
 from backup_worker.snapshots.take import Attest
 from em_bridge import events, streams
+from em_bridge.errors import AgentBackupError
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ def handle(runtime: Runtime, event: changes.ConfigChange, entry: str, *, now: fl
     rules = approvals.rules(runtime.config, now)
     known = changes.get(runtime.redis, event.change, rules)
     # The event's own agent: the record of the change is about what was proposed.
-    agent = getattr(event, "agent", known.agent)
+    agent = _configured(runtime, getattr(event, "agent", known.agent))
     if not isinstance(event, events.ConfigApplied):
         _record(runtime, event, entry, known)
         made = _back_up(runtime, event, entry, known, agent, now, None) if agent else []
@@ -54,11 +55,24 @@ def handle(runtime: Runtime, event: changes.ConfigChange, entry: str, *, now: fl
         return made
     ruling = approvals.judge(runtime.redis, event, entry, rules=rules)
     judging = _Judging(runtime, agent, ruling, rules)
-    made = _back_up(runtime, event, entry, known, agent, now, judging)
+    failure: AgentBackupError | None = None
+    try:
+        made = _back_up(runtime, event, entry, known, agent, now, judging)
+    except AgentBackupError as error:
+        # A full disk must not keep people from being told of a change that nobody approved.
+        made, failure = [], error
     verdict = judging.verdict(made)
     _record(runtime, event, entry, known, verdict)
-    _act(runtime, agent, event, known, verdict, made, now)
+    if agent in runtime.config.agents:
+        _act(runtime, agent, event, verdict, made, now)
+    if failure is not None:
+        raise failure
     return made
+
+
+def _configured(runtime: Runtime, agent: str) -> str:
+    """Return the agent's name as it is configured: names are unique ignoring case."""
+    return next((name for name in runtime.config.agents if name.lower() == agent.lower()), agent)
 
 
 def _back_up(
@@ -132,7 +146,7 @@ class _Judging:
         """Return the changed paths as the snapshot holds them; those it does not speak for as they stand now."""
         found = guarded.of_entries(entries.values(), scope)
         outside = [path for path in self.ruling.paths if not scope.covers(path)]
-        if outside:
+        if outside and self.agent in self.runtime.config.agents:
             files = self.runtime.config.files_of(self.agent)
             literal = Scope(tuple(re.sub(r"([*?\[])", r"[\1]", path) for path in outside))
             with contextlib.suppress(SnapshotError):
@@ -144,7 +158,6 @@ def _act(
     runtime: Runtime,
     agent: str,
     event: events.ConfigApplied,
-    known: changes.Change,
     verdict: _Verdict,
     made: list[Manifest],
     now: float,

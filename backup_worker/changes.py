@@ -331,11 +331,24 @@ def as_of(client: Redis, change: str, entry_id: str, rules: Rules) -> Change | N
     return settle(replace(record, decisions=before), rules)
 
 
-def all_changes(client: Redis, rules: Rules = BY_NAME) -> list[Change]:
-    """Return every change as of now, the newest last."""
+def all_changes(
+    client: Redis, rules: Rules = BY_NAME, agent: str | None = None, decided_after: str = ""
+) -> list[Change]:
+    """Return every change as of now, the newest last.
+
+    With `agent` only its own, with `decided_after` (an entry on the stream) only those with a decision behind it: a
+    process that asks for the first time has to prove each signature among what it asks for.
+    """
     fold(client)
     stored: Any = client.hvals(_RECORDS)
-    found = [settle(record, rules) for record in map(_record, stored) if record is not None]
+    limit = streams.id_order(decided_after) if decided_after else (-1, 0)
+    found = [
+        settle(record, rules)
+        for record in map(_record, stored)
+        if record is not None
+        and (agent is None or record.agent.lower() == agent.lower())
+        and (not decided_after or any(streams.id_order(one.entry) > limit for one in record.decisions))
+    ]
     return sorted(found, key=lambda one: (_first_at(one), one.change))
 
 
@@ -351,7 +364,7 @@ def approved_since(client: Redis, rules: Rules, agent: str, since: float) -> lis
     """
     mine = [
         one
-        for one in all_changes(client, rules)
-        if one.agent.lower() == agent.lower() and one.decision == APPROVED and (one.applied_at or 0.0) > since
+        for one in all_changes(client, rules, agent)
+        if one.decision == APPROVED and (one.applied_at or 0.0) > since
     ]
     return sorted(mine, key=lambda one: (one.applied_at or 0.0, one.change))

@@ -11,9 +11,10 @@ A scan that cannot read an agent's files decides nothing about it. The first sca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,12 @@ log = logging.getLogger(__name__)
 FINDER = "backup-worker"
 """Who proposes what was found to be changed."""
 
+UNKNOWN = "found: changed without an approval"
+OLDER = "found: an older state than the approved one"
+
 _MOST_PROPOSED = 900 * 1024
+_LOOKED_AT = 100
+"""In how many snapshots, the newest first, what stands there is looked for."""
 _PROPOSAL_TTL_S = 30 * 86400.0
 _DEVIATING = "backup:deviating:"
 """Hash, with the agent's name: path -> msgpack map, see `Deviation`."""
@@ -58,6 +64,19 @@ class Deviation:
 
 def scan(runtime: Runtime, agent: str, now: float) -> dict[str, Any]:
     """Compare the agent's guarded files with what was approved, and act on it; return what deviates, by path."""
+    with _one_at_a_time(runtime, agent):
+        return _scan(runtime, agent, now)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(runtime: Runtime, agent: str) -> Iterator[None]:
+    """Hold the lock of this agent's watch: of two looks at once, the second knows what the first has told."""
+    runtime.repository.prepare()
+    with runtime.repository.lock(f"guard.{agent.lower()}"):
+        yield
+
+
+def _scan(runtime: Runtime, agent: str, now: float) -> dict[str, Any]:
     settle_s = runtime.config.schedule.approvals.settle_seconds
     scope = guarded.scope_of(runtime.config, agent)
     files = runtime.config.files_of(agent)
@@ -138,12 +157,13 @@ def note_unapproved(
     runtime: Runtime, agent: str, found: Mapping[str, str | None], key: str, now: float
 ) -> None:
     """Remember that people were told, by the alert `key`, of what an unapproved change has left."""
-    state = ApprovedStates(runtime.repository).load(agent)
-    wanted = {path: held.sha256 for path, held in state.files.items()} if state else {}
-    known = deviations(runtime, agent)
-    for path, have in found.items():
-        known[path] = Deviation(wanted.get(path), have, now, key)
-    _remember(runtime, agent, known)
+    with _one_at_a_time(runtime, agent):
+        state = ApprovedStates(runtime.repository).load(agent)
+        wanted = {path: held.sha256 for path, held in state.files.items()} if state else {}
+        known = deviations(runtime, agent)
+        for path, have in found.items():
+            known[path] = Deviation(wanted.get(path), have, now, key)
+        _remember(runtime, agent, known)
 
 
 def _accept_first(
@@ -211,14 +231,43 @@ def _tell(runtime: Runtime, agent: str, fresh: Mapping[str, Deviation], now: flo
         "unapproved", agent=agent, paths=sorted(fresh), snapshot=snapshot, change=change,
         sha256={path: {"approved": one.want, "found": one.have} for path, one in sorted(fresh.items())},
     )  # fmt: skip
-    proposed = _propose(runtime, agent, fresh, change)
+    older = _is_older(runtime, agent, fresh)
+    proposed = _propose(runtime, agent, fresh, change, OLDER if older else UNKNOWN)
     names = ", ".join(sorted(fresh))
     mend = f"put the approved state back: backup-worker revert {agent}"
     if proposed:
         mend += f"; or look at it (backup-worker changes show {change}), and approve it"
-    body = f"{names} of {agent} is not what was approved, and no approval covers it. It is kept as {snapshot}. {mend}."
-    runtime.alert(key, "critical", f"unapproved change of {agent}", body, agent=agent)
+    kept = f"It is kept as {snapshot}." if snapshot else "It could not be backed up."
+    if older:
+        # A recovery or a restore has done that, or somebody who brought an old copy back.
+        body = f"{names} of {agent} is as it was before a newer change was approved. {kept} {mend}."
+        runtime.alert(
+            key, "warning", f"{agent} holds an older state than the approved one", body, agent=agent
+        )
+    else:
+        body = f"{names} of {agent} is not what was approved, and no approval covers it. {kept} {mend}."
+        runtime.alert(key, "critical", f"unapproved change of {agent}", body, agent=agent)
     return {path: Deviation(one.want, one.have, one.since, key) for path, one in fresh.items()}
+
+
+def _is_older(runtime: Runtime, agent: str, fresh: Mapping[str, Deviation]) -> bool:
+    """Tell whether all of it stood there before, as snapshots that are not of an unapproved change know."""
+    left = {path: one.have for path, one in fresh.items()}
+    heads = [
+        head for head in runtime.repository.snapshots(agent) if head.is_good and head.approved is not False
+    ]
+    for head in heads[: -_LOOKED_AT - 1 : -1]:
+        try:
+            held = guarded.of_entries(runtime.repository.get(head.id).entries, head.scope)
+        except AgentBackupError:
+            continue
+
+        for path in [path for path, have in left.items() if have is not None and held.get(path) == have]:
+            if head.created_at < fresh[path].since:
+                del left[path]
+        if not left:
+            return True
+    return False
 
 
 def _digest(agent: str, fresh: Mapping[str, Deviation]) -> str:
@@ -246,7 +295,7 @@ def _back_up(runtime: Runtime, agent: str, fresh: Iterable[str], digest: str, no
     return None
 
 
-def _propose(runtime: Runtime, agent: str, fresh: Mapping[str, Deviation], change: str) -> bool:
+def _propose(runtime: Runtime, agent: str, fresh: Mapping[str, Deviation], change: str, why: str) -> bool:
     """Put what was found into the inbox, if its bytes can be shown there; a file that is gone cannot."""
     if any(one.have is None for one in fresh.values()):
         return False
@@ -258,9 +307,7 @@ def _propose(runtime: Runtime, agent: str, fresh: Mapping[str, Deviation], chang
     same = all(hashlib.sha256(content[path]).hexdigest() == one.have for path, one in fresh.items())
     if not same or sum(map(len, content.values())) > _MOST_PROPOSED:
         return False
-    event = events.ConfigProposed(
-        change, agent, tuple(sorted(fresh)), FINDER, "found: changed without an approval", proposed=content
-    )
+    event = events.ConfigProposed(change, agent, tuple(sorted(fresh)), FINDER, why, proposed=content)
     streams.append_once(runtime.redis, event, once=f"guard/{change}", ttl_s=_PROPOSAL_TTL_S)
     return True
 

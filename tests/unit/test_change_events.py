@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backup_worker import alerts, approvals, change_events, changes, guard, guarded
+from backup_worker import alerts, approvals, backups, change_events, changes, guard, guarded
 from backup_worker.approved import ApprovedStates
+from backup_worker.snapshots import Manifest, NoSpace
 from backup_worker.snapshots.content import copy_hashed
 from em_bridge import events
 from tests.change_house import NEW, OTHER, WEIGHTS, House
@@ -345,3 +348,59 @@ def test_the_bytes_of_the_approved_state_are_proven_before_they_are_given_out(ho
     assert states.content("z", digest) is not None
     (states.folder("z") / digest).write_bytes(b"bad")
     assert states.content("z", digest) is None
+
+
+def test_an_older_state_that_came_back_is_told_as_what_it_is(house: House) -> None:
+    # Snapshots come before the file's own time, which is the machine's.
+    house.now = time.time() - 3600
+    for change, content in (("c1", NEW), ("c2", OTHER)):
+        house.propose(content, change=change)
+        house.approve(change)
+        house.write(content)
+        house.apply(change)
+    house.write(NEW)
+    house.now = time.time() + 600
+    assert house.scan()["deviating"] == [WEIGHTS]
+    assert house.critical() == []
+    (alert,) = [one for one in alerts.open_alerts(house.client) if one.key.startswith("unapproved/")]
+    assert (alert.severity, alert.title) == ("warning", "z holds an older state than the approved one")
+
+
+def test_a_backup_that_fails_keeps_nobody_from_being_told_of_an_unapproved_change(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: Any, **__: Any) -> Manifest:
+        raise NoSpace("backing up “z” needs 5 bytes, and 0 are free")
+
+    house.write(OTHER)
+    event = events.ConfigApplied("c1", "z", (WEIGHTS,), "em")
+    entry = house.publish(event)
+    with monkeypatch.context() as patch:
+        patch.setattr(backups, "make", no_space)
+        with pytest.raises(NoSpace):
+            change_events.handle(house.runtime, event, entry, now=house.now)
+    assert house.critical() == ["unapproved/c1"]
+    # With room again the job is run again: the snapshot is made, and the record says it once.
+    (made,) = change_events.handle(house.runtime, event, entry, now=house.now)
+    assert made.approved is False
+    assert len(house.fleet.history("change")) == 1
+
+
+def test_an_agent_goes_by_its_name_in_any_case(house: House) -> None:
+    house.handle(events.ConfigProposed("c1", "Z", (WEIGHTS,), "em", proposed={WEIGHTS: NEW}))
+    house.approve()
+    house.write(NEW)
+    (made,) = house.handle(events.ConfigApplied("c1", "Z", (WEIGHTS,), "em"))
+    assert (made.agent, made.approved) == ("z", True)
+    assert house.approved() == NEW
+
+
+def test_looks_at_the_same_time_tell_once(house: House) -> None:
+    house.write(OTHER)
+    house.now += 600
+    lookers = [threading.Thread(target=guard.scan, args=(house.runtime, "z", house.now)) for _ in range(4)]
+    for looker in lookers:
+        looker.start()
+    for looker in lookers:
+        looker.join()
+    assert len(house.fleet.history("unapproved")) == len(house.fleet.snapshots) == 1

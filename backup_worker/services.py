@@ -204,6 +204,7 @@ class Scheduler:
         self.watch = watch
         self.hints = Hints()
         self._announced: set[tuple[str, str, str]] = set()
+        self._rounds: dict[str, str] = {}
         self._forget_at = 0.0
         self._config_ok = False
         self._stood_still = True
@@ -217,9 +218,10 @@ class Scheduler:
         self._tell_of_broken_edit()
         now = clock.now()
         if clock.monotonic() >= self._forget_at:
-            # The announcements in Redis are what counts; this set only saves asking. A server that lost its
+            # The announcements in Redis are what counts; what we remember only saves asking. A server that lost its
             # data is told again.
             self._announced.clear()
+            self._rounds.clear()
             self._forget_at = clock.monotonic() + FORGET_ANNOUNCED_S
         for late in schedule.due(self.watch.current, self._announced, now):
             event = BackupDue(late.tier, late.slot, late.agent, late.fire_at)
@@ -231,7 +233,9 @@ class Scheduler:
             slots.announce(self.client, newest, now, ttl_s=SLOT_TTL_S)
         for task, every_s in maintain.periods(self.watch.current).items():
             once = f"maintenance/{task}/{int(now // every_s)}"
-            streams.append_once(self.client, MaintenanceDue(task), once=once, ttl_s=every_s * 2)
+            if self._rounds.get(task) != once:
+                streams.append_once(self.client, MaintenanceDue(task), once=once, ttl_s=every_s * 2)
+                self._rounds[task] = once
         if clock.monotonic() >= self._notices_at:
             self._notices_at = clock.monotonic() + NOTICES_LOOK_S
             notices.announce(self.client, self.watch.current.schedule, now)

@@ -18,6 +18,7 @@ from backup_worker.snapshots import (
     plan_prune,
     plan_restore,
     prune,
+    restoring,
     swap,
 )
 from backup_worker.snapshots.repository import INDEX
@@ -51,6 +52,19 @@ def act(operation: str, place: Place) -> None:
                 raise outcome.error
     elif operation == "heal":
         heal_snapshot(place.repo, "daily/s3/z", NOON + 100)
+    elif operation == "restores":
+        for outcome in together(
+            (
+                number,
+                restoring(
+                    plan_restore(each.repo, each.agent), each.root, evidence=each.base / "evidence" / each.name,
+                    now=NOON + 100,
+                ),
+            )
+            for number, each in enumerate((place, Place(place.base, "zoe")))
+        ):  # fmt: skip
+            if outcome.error is not None:
+                raise outcome.error
     elif operation == "list":
         index.WRITE_FROM, index.SETTLED_S = 1, -1e9
         assert len(place.repo.snapshots()) == 4

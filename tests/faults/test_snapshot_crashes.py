@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from backup_worker.snapshots import finish_interrupted, index, verify_snapshot
+from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.repository import INDEX
 from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves
 from tests.faults.act import act
@@ -52,6 +54,8 @@ def strace(operation: str, base: Path, *options: str) -> subprocess.CompletedPro
 def prepare(base: Path) -> Place:
     """Make a place with four snapshots, and a tree that has changed since and holds excluded files."""
     place = Place(base).fill()
+    place.write("frozen/rules.md", "nobody writes here\n")
+    (place.root / "frozen").chmod(0o500)
     for number in range(4):
         place.write("memory/notes.md", f"memory number {number}\n" * 30)
         place.take(slot=f"s{number}", now=NOON + number, unchanged="link")
@@ -113,7 +117,8 @@ def strike_everywhere(
             raise AssertionError(
                 f"{operation}, {inject} at {name} number {index}: {error}\n{done.stderr}"
             ) from error
-        shutil.rmtree(base)
+        with Tree(base.parent) as around:
+            around.remove(base.name)
         return done.returncode != 0
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -175,6 +180,7 @@ def after_a_killed_restore(place: Place, code: int, said: str, *, inside: bool =
     act("restore-inside" if inside else "restore", place)
     assert content_of(place.root) == new
     assert (place.root / "venv/bin/tool").stat().st_nlink == 1
+    assert stat.S_IMODE((place.root / "frozen").stat().st_mode) == 0o500
     only_whole_snapshots(place)
     nothing_left_over_after_restore(place)
 
@@ -202,6 +208,30 @@ def test_a_backup_killed_anywhere_leaves_only_whole_snapshots(tmp_path: Path) ->
 
 def test_a_restore_killed_anywhere_leaves_the_old_or_the_new_tree(tmp_path: Path) -> None:
     strike_everywhere("restore", tmp_path, "signal=SIGKILL", after_a_killed_restore)
+
+
+def prepare_two_changed(base: Path) -> Place:
+    place, other = prepare(base), Place(base, "zoe").fill()
+    other.take(now=NOON)
+    other.write("SOUL.md", "I have changed, too.\n")
+    return place
+
+
+def test_restores_that_wait_together_killed_anywhere_leave_each_tree_old_or_new(tmp_path: Path) -> None:
+    def judge(place: Place, code: int, said: str) -> None:
+        assert code in (0, -9, 137), said
+        other, prepared = Place(place.base, "zoe"), prepare_two_changed(place.base / "again")
+        assert content_of(place.root) in (content_of(prepared.root), restored_content(place))
+        old = content_of(Place(prepared.base, "zoe").root)
+        new = content_of(other.repo.path("daily/s/zoe") / "files")
+        assert content_of(other.root) in (old, new)
+        act("restores", place)
+        assert content_of(place.root) == restored_content(place)
+        assert content_of(other.root) == new
+        assert sorted(os.listdir(place.root.parent)) == ["z", "zoe"]
+        only_whole_snapshots(place)
+
+    strike_everywhere("restores", tmp_path, "signal=SIGKILL", judge, prepared=prepare_two_changed)
 
 
 def test_a_restore_inside_a_mount_point_killed_anywhere_can_be_finished(tmp_path: Path) -> None:

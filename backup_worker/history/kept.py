@@ -70,7 +70,8 @@ def write(client: Redis, history: History, now: float) -> int:
             history.append(LOST, now=now, lines=int(dropped))
             client.delete(DROPPED)
     except HistoryUnwritable as error:
-        log.error("%d lines wait for the record: %s", waiting(client), error.message)
+        # That it cannot be written was said when the first line had to wait.
+        log.debug("%d lines wait for the record: %s", waiting(client), error.message)
     finally:
         if client.get(_WRITER) == token.encode():
             client.delete(_WRITER)

@@ -17,13 +17,13 @@ from backup_worker import (
     lookout,
     notices,
     pings,
+    record_watch,
     schedule,
     space,
 )
 from backup_worker import drill as drills
 from backup_worker import scrub as scrubbing
 from backup_worker.config import Config
-from backup_worker.history import kept
 from backup_worker.recovery import keeping
 from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime
@@ -58,7 +58,7 @@ def deliver(runtime: Runtime, now: float) -> dict[str, Any]:
 
 def watch(runtime: Runtime, now: float) -> dict[str, Any]:
     """Alert what is missing or stuck: overdue backups and proofs, little space, dead letters, events nobody takes."""
-    kept.write(runtime.redis, runtime.history, now)
+    record_watch.write_kept(runtime, now)
     heads = runtime.repository.snapshots()
     overdue = missing_backups(runtime, now, heads)
     config = runtime.config
@@ -194,6 +194,7 @@ TASKS: dict[str, Callable[[Runtime, float], dict[str, Any]]] = {
     "drill": drill,
     "trim": trim,
     guard_rounds.TASK: guard_rounds.run,
+    record_watch.TASK: record_watch.run,
     pings.TASK: pings.run,
     **notices.TASKS,
 }
@@ -205,6 +206,7 @@ EVERY_S = {
     "drill": 600.0,
     "trim": 3600.0,
     guard_rounds.TASK: 300.0,
+    record_watch.TASK: record_watch.EVERY_S,
 }
 """How often the scheduler asks for each task."""
 

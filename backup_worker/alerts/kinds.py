@@ -96,6 +96,8 @@ _TABLE: Final = (
          "it is approved, rejected or applied", "backup-worker changes"),
     Kind("space", "critical", "the repository's disk is full, or nearly so",
          "there is room for the next backups again", "backup-worker doctor"),
+    Kind("record", "critical", "the record is broken, or cannot be written",
+         "the record is proven, and no line waits", "backup-worker history verify"),
     Kind("memory", "critical", "Redis is nearly out of memory",
          "enough of its memory is free again", "backup-worker status"),
     Kind("redis", "critical", "Redis cannot be reached, or takes nothing",

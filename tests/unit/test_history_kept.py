@@ -8,7 +8,7 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import maintain
+from backup_worker import alerts, maintain, record_watch
 from backup_worker.history import kept
 from backup_worker.runtime import Runtime
 from em_bridge.errors import UsageError
@@ -128,3 +128,29 @@ def test_rubbish_among_what_waits_does_not_keep_the_rest(
     room(fleet)
     kept.write(runtime.redis, runtime.history, 1.0)
     assert [line["step"] for line in fleet.history("recovery")] == ["first", "second"]
+
+
+def test_lines_that_wait_and_a_broken_record_reach_a_human_until_it_is_well(
+    fleet: SmallFleet, runtime: Runtime, client: Any
+) -> None:
+    def told() -> list[str]:
+        return [one.key for one in alerts.open_alerts(client) if one.resolved_at is None]
+
+    runtime.record("recovery", step="first")
+    full(fleet)
+    runtime.record("recovery", step="second")
+    record_watch.write_kept(runtime, 1.0)
+    assert told() == ["record/unwritten"]
+    room(fleet)
+    record_watch.write_kept(runtime, 2.0)
+    assert told() == []
+    assert maintain.run(runtime, "record", now=3.0)["problem"] is None
+    path = fleet.folder / "history.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"step":"first"', b'"step":"fifth"'))
+    assert "changed" in maintain.run(runtime, "record", now=4.0)["problem"]
+    assert told() == ["record/broken"]
+    lines = path.read_bytes().replace(b'"step":"fifth"', b'"step":"first"')
+    path.write_bytes(lines)
+    maintain.run(runtime, "record", now=5.0)
+    assert told() == []

@@ -40,6 +40,7 @@ def _wrong(facts: Facts) -> list[str]:
     """Return in a few words each thing that needs a human."""
     counts = {
         "missing backups": len(facts["overdue"]),
+        "stale agents": len({place.partition("/")[2] for place in facts["stale"]}),
         "damaged snapshots": len(facts["scrub"]["damaged"]),
         "overdue drills": len(facts["drills_overdue"]),
         "open recoveries": len(facts["incidents"]),
@@ -61,6 +62,8 @@ def _backups(facts: Facts) -> Iterator[str]:
         yield line
         if late := [f"{cell['overdue']} of {agent}" for agent, cell in cells.items() if cell["overdue"]]:
             yield f"  MISSING: {_some(late)}"
+        if stale := [agent for agent, cell in cells.items() if cell["stale"]]:
+            yield f"  STALE (two runs without a good one): {_some(stale)}"
 
 
 def _proofs(facts: Facts) -> Iterator[str]:

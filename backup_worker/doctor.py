@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
-from backup_worker.config import AgentConfig, Config, InvalidConfig, load
+from backup_worker.config import SEVERITIES, AgentConfig, Config, InvalidConfig, load
 from backup_worker.recovery.adapters import adapter_for
 from em_bridge import connection
 from em_bridge.errors import AgentBackupError, ConfigError
@@ -66,6 +66,7 @@ def examine(config_dir: Path, redis_url: str | None, *, now: float, test_alert: 
         *_careful("history", _history(config)),
         *_careful("redis", _redis(config, redis_url, now)),
         *_careful("alerts", _alerts(config, test_alert=test_alert)),
+        *_careful("dead man's switch", _pings(config)),
         *_careful("approvals", _approvals(config)),
     ]
 
@@ -282,6 +283,14 @@ def _alerts(config: Config, *, test_alert: bool) -> Iterator[Check]:
             "alerts", "warn", "no receiver is configured: what goes wrong reaches the log, and no human", mend
         )
         return
+    unheard = [
+        one
+        for one in SEVERITIES
+        if one != "info" and not any(receiver.takes(one) for receiver in config.schedule.alerts)
+    ]
+    if unheard:
+        detail = f"no receiver takes what is {' or '.join(unheard)}: it reaches the log, and no human"
+        yield Check("alert routes", "warn", detail, 'give one receiver a lower "min_severity"')
     if not test_alert:
         shown = ", ".join(receivers.receiver_of(url) for url in urls)
         mend = "backup-worker doctor --test-alert sends a real message"
@@ -297,6 +306,20 @@ def _alerts(config: Config, *, test_alert: bool) -> Iterator[Check]:
             yield Check(
                 "alerts", "fail", f"{sent.receiver}: {sent.detail}", "correct the URL, or the receiver"
             )
+
+
+def _pings(config: Config) -> Iterator[Check]:
+    """A machine that is gone can tell nobody of it."""
+    from backup_worker.pings import host_of
+
+    told = {name: host_of(tier.ping) for name, tier in config.schedule.tiers.items() if tier.ping}
+    if told:
+        shown = ", ".join(f"{name} to {host}" for name, host in told.items())
+        yield Check("dead man's switch", "ok", f"told of each round: {shown}")
+    else:
+        detail = "nobody outside expects to hear from here: if this whole machine dies, no human is told"
+        mend = 'give a tier a "ping" URL (as healthchecks.io has them), at least daily'
+        yield Check("dead man's switch", "warn", detail, mend)
 
 
 def _approvals(config: Config) -> Iterator[Check]:

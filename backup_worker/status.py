@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
 
-from backup_worker import alerts, backpressure, drill, maintain, proofs, schedule, scrub
+from backup_worker import alerts, backpressure, drill, lookout, maintain, proofs, schedule, scrub
 from backup_worker.config import SEVERITIES
 from backup_worker.receivers import scheme_of
 from backup_worker.recovery import breakers
@@ -32,8 +32,8 @@ ALERT_KEYS = (
 def overview(runtime: Runtime, now: float) -> dict[str, Any]:
     """Return newest good snapshots with their ages and limits, next runs, queues, lag, memory, incidents and alerts.
 
-    `held` says of each stream that is not read for now which queue is full. `overdue` lists what is missing; `ok` is
-    False if anything is, or if Redis cannot be reached.
+    `held` says of each stream that is not read for now which queue is full. `overdue` lists what is missing, `stale`
+    what has had two runs without a good snapshot; `ok` is False if anything is, or if Redis cannot be reached.
     """
     config = runtime.config
     zone = config.schedule.timezone
@@ -43,6 +43,7 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
         if head.is_good:
             newest[head.agent, head.tier] = head
     overdue = maintain.missing_backups(runtime, now, heads)
+    stale = lookout.stale_backups(config, heads, now)
     undrilled = drill.overdue(config, runtime.repository, heads, now)
     states = _states(runtime.client) if runtime.client is not None else {}
     agents = []
@@ -55,6 +56,7 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
                 "newest_good": good.id if good else None,
                 "age_s": now - good.created_at if good else None,
                 "overdue": late.slot if late else None,
+                "stale": (name, agent) in stale,
             }
         drilled = _drilled(runtime, agent, now) | {"overdue": agent in undrilled}
         agents.append({"agent": agent, "state": states.get(agent.lower()), "tiers": tiers, "drill": drilled})
@@ -66,6 +68,7 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
             for name, tier in config.schedule.tiers.items()
         },
         "overdue": sorted(f"{tier}/{late.slot}/{agent}" for (tier, agent), late in overdue.items()),
+        "stale": sorted(f"{tier}/{agent}" for tier, agent in stale),
         "drills_overdue": sorted(undrilled),
         "scrub": _scrubbed(runtime, heads, now),
         "redis": runtime.client is not None,
@@ -88,7 +91,7 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
 
 def is_late(facts: dict[str, Any]) -> bool:
     """Tell whether a backup, the proof of a restore or a verification is overdue in what `overview` returned."""
-    return bool(facts["overdue"] or facts["drills_overdue"] or facts["scrub"]["overdue"])
+    return bool(facts["overdue"] or facts["stale"] or facts["drills_overdue"] or facts["scrub"]["overdue"])
 
 
 def _states(client: Redis) -> dict[str, str]:

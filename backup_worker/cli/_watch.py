@@ -109,6 +109,8 @@ def _wrong(facts: dict[str, Any], zone: str) -> Iterator[str]:
     for alert in facts["alerts"] or ():
         seen = f" (seen by {alert['acknowledged_by']})" if alert["acknowledged_by"] else ""
         yield f"alert, {alert['severity']}: {alert['title']}{seen}"
+    for place in facts["stale"]:
+        yield f"no recent good snapshot {place}"
     if facts["drills_overdue"]:
         yield f"no restore was proven in time for {', '.join(facts['drills_overdue'])}"
     if facts["scrub"]["overdue"]:
@@ -119,7 +121,7 @@ def _wrong(facts: dict[str, Any], zone: str) -> Iterator[str]:
 
 def _tier(cell: dict[str, Any]) -> str:
     text = age(cell["age_s"]) if cell["age_s"] is not None else "none"
-    return f"{text}, OVERDUE" if cell["overdue"] else text
+    return f"{text}, OVERDUE" if cell["overdue"] else f"{text}, STALE" if cell["stale"] else text
 
 
 def _proven(drill: dict[str, Any]) -> str:

@@ -250,12 +250,13 @@ def _print_receivers(rows: list[dict[str, Any]], zone: str) -> None:
 
 
 def _key_of(runtime: Runtime, name: str) -> str:
-    """Return the key of the alert that `name` means: itself, or that of the incident's escalation."""
+    """Return the key of the alert that `name` means: itself, or the worst of those about the incident."""
     from backup_worker import alerts
     from backup_worker.recovery.incident import IncidentStore
     from em_bridge.errors import NotFound
 
-    if any(one.key == name for one in alerts.open_alerts(runtime.redis)):
+    known = [one.key for one in alerts.open_alerts(runtime.redis)]
+    if name in known:
         return name
     try:
         agent = IncidentStore(runtime.redis).get(name).agent
@@ -263,4 +264,5 @@ def _key_of(runtime: Runtime, name: str) -> str:
         raise NotFound(
             f"there is no open alert and no incident “{name}”", hint="see `backup-worker alerts`"
         ) from None
-    return f"escalation/{agent}"
+    about = [f"{kind}/{agent}" for kind in ("escalation", "attempt", "recovery")]
+    return next((key for key in about if key in known), about[0])

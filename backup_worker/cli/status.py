@@ -32,7 +32,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show whether everything is backed up and running; exit 1 if a backup, a verification or the proof
-    of a restore is overdue or a snapshot is damaged, 3 if Redis is away.
+    of a restore is overdue, the newest good snapshot stale or a snapshot is damaged, 3 if Redis is away.
 
     Example: `backup-worker status --watch`
     """
@@ -69,9 +69,10 @@ def _print(facts: dict[str, Any], zone: str) -> None:
         for tier in tiers:
             cell = row["tiers"][tier]
             text = f"{age(cell['age_s'])} ago" if cell["age_s"] is not None else "none"
-            cells.append(
-                coloured(f"{text}, {cell['overdue']} is overdue", "red") if cell["overdue"] else text
+            late = (
+                f", {cell['overdue']} is overdue" if cell["overdue"] else ", stale" if cell["stale"] else ""
             )
+            cells.append(coloured(text + late, "red") if late else text)
         table.add_row(row["agent"], row["state"] or "unknown", *cells, _proven(row["drill"]))
     runs = ", ".join(f"{tier} {moment(at, zone)}" for tier, at in facts["next_runs"].items() if at)
     show(table, f"next runs ({zone}): {runs or 'none'}")

@@ -65,6 +65,18 @@ def test_an_escalation_is_acknowledged_by_its_incident(config: Path, valkey: Val
     assert json.loads(done.stdout)["key"] == "escalation/z"
 
 
+def test_a_recovery_that_goes_on_is_acknowledged_by_its_incident_too(
+    config: Path, valkey: ValkeyServer
+) -> None:
+    client = valkey.client()
+    incident, _ = IncidentStore(client).open("z", token="t", now=1.0, reason="", beat_mark="0-0")
+    for key, severity in (("recovery/z", "warning"), ("attempt/z", "critical")):
+        alerts.raise_alert(client, alerts.Alert(key, severity, "t", "b", "z"), now=1.0)  # type: ignore[arg-type]  # literals
+    for key in ("attempt/z", "attempt/z"):
+        done = backup_worker(config, valkey.url, "ack", incident.id, "--by", "kari", "--json")
+        assert json.loads(done.stdout)["key"] == key
+
+
 def test_an_unknown_alert_is_no_traceback(config: Path, valkey: ValkeyServer) -> None:
     done = backup_worker(config, valkey.url, "ack", "nonsense")
     assert done.returncode == 4

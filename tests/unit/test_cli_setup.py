@@ -227,6 +227,22 @@ def test_doctor_says_whether_alerts_reach_anybody(started: Path) -> None:
     assert "hunter2" not in tried.detail
 
 
+def test_doctor_says_which_severities_reach_nobody(started: Path) -> None:
+    pager = {"url": "json://me:hunter2@127.0.0.1:1/x", "min_severity": "critical"}
+    edit(started, config.SCHEDULE_FILE, lambda d: d.update(alerts=[pager]))
+    assert "no receiver takes what is warning:" in checks(started)["alert routes"].detail
+    edit(started, config.SCHEDULE_FILE, lambda d: d.update(alerts=[pager, "json://127.0.0.1:1/x"]))
+    assert "alert routes" not in checks(started)
+
+
+def test_doctor_says_whether_anybody_outside_would_miss_us_and_keeps_the_secret(started: Path) -> None:
+    assert checks(started)["dead man's switch"].status == "warn"
+    url = "https://hc-ping.com/s3cret"
+    edit(started, config.SCHEDULE_FILE, lambda d: d["tiers"]["daily"].update(ping=url))
+    found = checks(started)["dead man's switch"]
+    assert (found.status, found.detail) == ("ok", "told of each round: daily to hc-ping.com")
+
+
 def test_doctor_says_what_approvals_are_worth(started: Path) -> None:
     assert "anybody's name" in checks(started)["approvals"].detail
     signers = started / "config" / "allowed_signers"

@@ -29,13 +29,21 @@ WELL: Mapping[str, Any] = {
         {
             "agent": name,
             "state": "ALIVE",
-            "tiers": {"daily": {"newest_good": f"daily/2026-11-23/{name}", "age_s": 3600.0, "overdue": None}},
+            "tiers": {
+                "daily": {
+                    "newest_good": f"daily/2026-11-23/{name}",
+                    "age_s": 3600.0,
+                    "overdue": None,
+                    "stale": False,
+                }
+            },
             "drill": {"proven_at": 1.0, "age_s": 86400.0, "from": None, "last_ok": True, "overdue": False},
         }
         for name in ("z", "an-agent-with-quite-a-long-name")
     ],
     "next_runs": {"daily": 1795500000.0},
     "overdue": [],
+    "stale": [],
     "drills_overdue": [],
     "scrub": {"snapshots": 2, "overdue": 0, "damaged": []},
     "redis": True,

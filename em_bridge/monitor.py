@@ -135,11 +135,13 @@ class Monitor:
 
     def _read_beats(self, now: float) -> None:
         """Read until there is nothing new: judging with unread heartbeats would find the living dead."""
+        begun = clock.monotonic()
         while True:
             answer = cast(Any, self._client).xread({HEARTBEATS: self._position}, count=BATCH)
             rows: list[tuple[bytes, streams.Fields]] = answer[0][1] if answer else []
             if rows:
-                self._take(rows, now)
+                # What came while we read is newer than `now`: to take it for older would shorten its silence.
+                self._take(rows, now + clock.monotonic() - begun)
             if len(rows) < BATCH:
                 return
 

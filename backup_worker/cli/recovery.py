@@ -49,7 +49,7 @@ def recover(
         bool,
         typer.Option(
             "--reapply",
-            help="Put back the approved changes that the last recovery has left out; a running agent is backed up first.",
+            help="Put back approved changes that the last recovery has left out; a running agent is backed up first.",
         ),
     ] = False,
     as_json: JsonOption = False,

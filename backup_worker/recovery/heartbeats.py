@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from em_bridge import streams
 from em_bridge.errors import InvalidEvent
 from em_bridge.events import Heartbeat, decode
+from em_bridge.monitor import read_record
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -77,15 +78,26 @@ class Beats:
 
 
 def survivors(client: Redis, agent: str, mark: str, window_s: float) -> set[str]:
-    """Return the incarnations of `agent` that beat since `window_s` before the entry `mark`."""
-    since = max(0.0, streams.entry_time(mark) - window_s)
-    return set(read(client, Beats(cursor=streams.id_at(since))).incarnations(agent))
+    """Return the incarnations of `agent` that lived before the entry `mark`.
+
+    The EM's notes, and those that beat since its last one, or since `window_s` before the mark.
+    """
+    raw: Any = client.hget(streams.STATES, agent)
+    noted = read_record(raw)
+    known = {noted["incarnation"], *noted.get("retired", ())} if noted.get("incarnation") else set()
+    since = streams.id_at(max(0.0, streams.entry_time(mark) - window_s))
+    cursor = max(since, noted.get("last_entry") or since, key=streams.id_order)
+    return known | set(read(client, Beats(cursor=cursor), only=[agent]).incarnations(agent))
 
 
-def read(client: Redis, beats: Beats) -> Beats:
-    """Feed `beats` with everything behind its cursor, and return it."""
+def read(client: Redis, beats: Beats, *, only: Collection[str] | None = None) -> Beats:
+    """Feed `beats` with everything behind its cursor (of the agents `only`, if given), and return it."""
+    names = None if only is None else [name.lower().encode() for name in only]
     for entry_id, fields in streams.read_range(client, streams.HEARTBEATS, start=f"({beats.cursor}"):
-        beats.feed(entry_id, _heartbeat(fields))
+        # A large fleet beats much: what cannot be about these agents is not worth decoding.
+        body = fields.get(b"body", b"")
+        is_other = names is not None and not any(name in body.lower() for name in names)
+        beats.feed(entry_id, None if is_other else _heartbeat(fields))
     return beats
 
 

@@ -214,7 +214,8 @@ def attempted_before(last: Incident | None, died_at: float, stable_for: float) -
     """Return `last` if the agent, which died at `died_at`, had not lived for `stable_for` seconds after it. Pure."""
     if last is None or last.state != RECOVERED or not last.chosen or last.closed_at is None:
         return None
-    return last if died_at - last.closed_at <= stable_for else None
+    # Where the time of the death is only estimated, it may come out before the recovery's end.
+    return last if max(0.0, died_at - last.closed_at) < stable_for else None
 
 
 def after(last: Incident | None) -> dict[str, object]:

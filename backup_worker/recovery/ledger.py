@@ -83,8 +83,8 @@ class Ledger:
     def _last_beat(self) -> str:
         return streams.last_id(self.client, streams.HEARTBEATS)
 
-    def _beats(self, mark: str) -> heartbeats.Beats:
-        return heartbeats.read(self.client, heartbeats.Beats(cursor=mark))
+    def _beats(self, mark: str, *agents: str) -> heartbeats.Beats:
+        return heartbeats.read(self.client, heartbeats.Beats(cursor=mark), only=agents)
 
     def _last_words(self, agent: str) -> str:
         lines = self.adapter_of(agent).log_lines(3)

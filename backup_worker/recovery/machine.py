@@ -144,7 +144,10 @@ class Recovery(Lays):
         """Tell whether the agent lives after all: a human has started it meanwhile, and must not lose what it did."""
         if incident.by_hand or incident.attempts > incident.inherited:
             return False
-        beats, since = self._beats(incident.beat_mark), self.now() - agent.heartbeat.dead_after
+        beats, since = (
+            self._beats(incident.beat_mark, incident.agent),
+            self.now() - agent.heartbeat.dead_after,
+        )
         steady = beats.is_steady(incident.agent, incident.beat_mark, agent.heartbeat.stable_beats, since)
         return steady and bool(self.adapter_of(incident.agent).running())
 
@@ -195,7 +198,7 @@ class Recovery(Lays):
         if not running:
             # Also if it had beaten often enough: what has ended does not live.
             raise AgentBackupError("the new process has ended: " + self._last_words(incident.agent))
-        beats = self._beats(incident.start_mark)
+        beats = self._beats(incident.start_mark, incident.agent)
         incarnation, count = beats.streak(incident.agent, incident.start_mark, incident.old_incarnations)
         now = self.now()
         if count >= agent.heartbeat.stable_beats:

@@ -23,8 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
+from backup_worker.recovery import proc
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError
 
@@ -90,15 +89,15 @@ def find(name: str, root: Path, *, command: Sequence[str] = (), state: Path | No
 
 def find_agent(agent: Agent) -> list[Running]:
     """Return the live processes of `agent`; see `find`."""
-    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    spared = proc.family(os.getpid())
     session = _recorded_session(agent)
     found = []
-    for process in psutil.process_iter():
-        if process.pid in spared:
+    for pid in proc.pids():
+        if pid in spared:
             continue
-        with contextlib.suppress(psutil.Error, OSError):
-            if _belongs(process, agent, session) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(Running(process.pid, " ".join(process.cmdline()) or process.name()))
+        with contextlib.suppress(OSError):
+            if _belongs(pid, agent, session) and not proc.is_zombie(pid):
+                found.append(Running(pid, " ".join(proc.command_line(pid)) or proc.name(pid)))
     return found
 
 
@@ -115,45 +114,55 @@ def _descends(pid: int, record: RunRecord, session: int | None) -> bool:
     try:
         if session is not None and os.getsid(pid) == session:
             return True
-        return psutil.Process(pid).environ().get("AGENT_RUN") == record.token
-    except (psutil.NoSuchProcess, ProcessLookupError):
+        return proc.environment(pid).get("AGENT_RUN") == record.token
+    except (FileNotFoundError, ProcessLookupError):
         return True
-    except (psutil.Error, OSError):
+    except OSError:
         return False
 
 
-def _belongs(process: psutil.Process, agent: Agent, session: int | None) -> bool:
+def _belongs(pid: int, agent: Agent, session: int | None) -> bool:
     try:
-        environment = process.environ()
-    except (psutil.AccessDenied, OSError):
+        environment = proc.environment(pid)
+    except PermissionError:
         environment = {}
     claims = environment.get("AGENT_ID")
     if claims == agent.name and _same_folder(environment.get("AGENT_ROOT"), agent.root):
         return True
     # One that was started by an agent of ours, but as another agent, is not that agent's child but a life of its own.
-    if session is not None and claims in (None, agent.name) and os.getsid(process.pid) == session:
+    if session is not None and claims in (None, agent.name) and os.getsid(pid) == session:
         return True
-    return bool(agent.command) and _runs(agent, process.cmdline(), process.cwd())
+    # Many agents may share one program: who says that it is another one, is.
+    if claims not in (None, agent.name):
+        return False
+    return bool(agent.command) and _runs(agent, pid)
 
 
-def _runs(agent: Agent, line: Sequence[str], folder: str) -> bool:
-    """Tell whether a process with the argument list `line`, working in `folder`, was started as the agent.
+def _runs(agent: Agent, pid: int) -> bool:
+    """Tell by its argument list and its working folder whether a process was started as the agent.
 
-    A script's interpreter stands before it, a launcher may have replaced the program by its full path, and a file may
-    be named from another folder, if that makes it the same file.
+    A script's interpreter stands before it, a launcher may have replaced the program by its full path, and a file of
+    the agent's own may be named from another folder, if that makes it the same file. A file outside of its root may be
+    every agent's program, and proves nothing.
     """
-    wanted = agent.command[1:]
+    line, wanted = proc.command_line(pid), agent.command[1:]
     program, given = line[: len(line) - len(wanted)], line[len(line) - len(wanted) :]
     if not program or not any(_same_program(word, agent.command[0]) for word in (program[0], program[-1])):
         return False
+    folder = proc.folder(pid)
     at_home = _same_folder(folder, agent.root)
     if at_home and list(given) == list(wanted):
         return True
-    own = [os.path.exists(agent.root / word) for word in wanted]
+    own = [_is_own_file(agent.root, word) for word in wanted]
     return (at_home or any(own)) and all(
         _same_folder(os.path.join(folder, word), agent.root / expected) if is_file else word == expected
         for word, expected, is_file in zip(given, wanted, own, strict=True)
     )
+
+
+def _is_own_file(root: Path, word: str) -> bool:
+    path = root / word
+    return path.exists() and path.resolve().is_relative_to(root.resolve())
 
 
 def _same_program(word: str, wanted: str) -> bool:
@@ -173,22 +182,13 @@ def _recorded_session(agent: Agent) -> int | None:
         return None
     # The leader may be gone while its children still live in the session; the kernel does not reuse the number
     # of a session that has members.
-    return record.pid if _started(record.pid) in (None, record.started) else None
+    return record.pid if proc.started(record.pid) in (None, record.started) else None
 
 
 def _boot() -> str:
     """Return what a pid means something in: this boot of the machine, and this namespace of pids."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _started(pid: int) -> int | None:
-    """Return when the process started, in clock ticks since the boot, or None if there is none."""
-    try:
-        # The name in parentheses may hold anything; the start time is the 20th field behind it.
-        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
 
 
 def read_record(agent: Agent) -> RunRecord | None:
@@ -237,11 +237,11 @@ def _signal_and_wait(agent: Agent, pids: Iterable[int], signum: signal.Signals, 
     awaited: set[int] = set()
     try:
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 descriptor = os.pidfd_open(pid)
                 opened.add(descriptor)
                 # The number may have changed hands since it was found; from here on the descriptor holds it.
-                if not _belongs(psutil.Process(pid), agent, session):
+                if not _belongs(pid, agent, session):
                     continue
                 poller.register(descriptor, select.POLLIN)
                 awaited.add(descriptor)
@@ -318,7 +318,7 @@ def _write_record(agent: Agent, pid: int, token: str) -> None:
         return
     agent.record_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Nobody has waited for the process yet, so even one that has ended already is still there to be read.
-    record = RunRecord(pid, _started(pid) or 0, _boot(), token)
+    record = RunRecord(pid, proc.started(pid) or 0, _boot(), token)
     temporary = agent.record_file.with_suffix(".new")
     temporary.write_text(json.dumps(asdict(record)))
     temporary.replace(agent.record_file)

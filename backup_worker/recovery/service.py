@@ -41,6 +41,8 @@ PAUSED_ALERT = "recovery-paused"
 MASS_ALERT = "mass-silence"
 BEATS_IN_REPORT = 20
 BEATS_WINDOW_S = 3600.0
+"""How far back its last heartbeats are looked for, if the EM has not noted when it was heard."""
+BEATS_BEFORE_S = 60.0
 
 
 @dataclass(slots=True)
@@ -236,6 +238,7 @@ class RecoveryService:
 
     def _recent_beats(self, agent: str) -> list[tuple[str, str]]:
         client = self.runtime.redis
-        since = streams.id_at(max(0.0, streams.server_time(client) - BEATS_WINDOW_S))
-        beats = heartbeats.read(client, heartbeats.Beats(cursor=since))
+        heard_at = last_heard(client, agent) or streams.server_time(client) - BEATS_WINDOW_S
+        since = streams.id_at(max(0.0, heard_at - BEATS_BEFORE_S))
+        beats = heartbeats.read(client, heartbeats.Beats(cursor=since), only=[agent])
         return list(beats.by_agent.get(agent.lower(), ()))[-BEATS_IN_REPORT:]

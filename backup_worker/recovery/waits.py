@@ -62,7 +62,7 @@ class Waits(Ends):
         except (AgentBackupError, OSError):
             # Unknown never kills. The fence asks again, and says what is wrong.
             running = None
-        beats = self._beats(incident.beat_mark)
+        beats = self._beats(incident.beat_mark, incident.agent)
         fresh_since = now - agent.heartbeat.dead_after
         steady = beats.is_steady(
             incident.agent, incident.beat_mark, agent.heartbeat.stable_beats, fresh_since
@@ -92,7 +92,7 @@ class Waits(Ends):
 
     def _depend(self, incident: Incident, agent: AgentConfig) -> Incident | None:
         if agent.depends_on:
-            beats = self._beats(incident.beat_mark)
+            beats = self._beats(incident.beat_mark, *agent.depends_on)
             latest = self.store.latest(agent.depends_on)
             missing = missing_dependencies(incident, agent.depends_on, latest, beats)
             if missing:

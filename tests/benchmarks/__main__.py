@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.benchmarks import bus, console, ends, engine, parts, peers
+from tests.benchmarks import bus, console, ends, engine, parts, peers, recovery
 from tests.benchmarks.measure import Settings, Table, machine, remove
 
 BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
@@ -28,6 +28,10 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
     "restart": parts.restart,
     "latency": parts.latency,
     "idle": parts.idle,
+    "waves": recovery.waves,
+    "fleet": recovery.fleet_of_dead,
+    "detection": recovery.detection,
+    "killed": recovery.killed_worker,
     "console": console.pages,
 }
 

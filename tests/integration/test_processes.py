@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from backup_worker.recovery import processes
+from backup_worker.recovery import proc, processes
 from backup_worker.recovery.processes import Agent, FenceFailed, RunRecord
 from em_bridge.errors import AgentBackupError
 from tests.integration.programs import (
@@ -173,6 +173,21 @@ def test_a_stranger_with_the_same_command_in_another_folder_is_left_alone(place:
     assert is_alive(process.pid)
 
 
+def test_agents_that_share_one_program_are_told_apart(place: Place) -> None:
+    shared = place.base / "shared.py"
+    shared.write_text(SLEEPER)
+    command = (sys.executable, str(shared), f"{place.ready}/")
+    z, jay, rick = (
+        dataclasses.replace(place.agent(name=name), command=command) for name in ("z", "jay", "rick")
+    )
+    first, second = place.start(z), place.start(jay)
+    elsewhere = place.by_hand(*command, cwd=place.base)
+    assert (pids_of(z), pids_of(jay), pids_of(rick)) == ({first}, {second}, set())
+    processes.fence(z)
+    assert is_alive(second)
+    assert is_alive(elsewhere.pid), "nothing says whose it is"
+
+
 def test_an_agent_of_the_same_name_with_another_root_is_left_alone(place: Place) -> None:
     agent, other = place.agent(), place.agent(name="other")
     env = {**os.environ, "AGENT_ID": agent.name, "AGENT_ROOT": str(other.root)}
@@ -211,7 +226,7 @@ def test_a_record_whose_number_was_recycled_points_at_nobody(place: Place) -> No
     program = ("-c", SLEEPER, f"{place.ready}/")
     innocent = place.by_hand("setsid", sys.executable, *program, cwd=place.base).pid
     mine = dataclasses.replace(processes.read_record(agent) or RunRecord(0, 0, "", ""), pid=innocent)
-    started = processes._started(innocent)
+    started = proc.started(innocent)
     assert started
     assert agent.record_file
     agent.record_file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(mine, started=started))))

@@ -192,8 +192,10 @@ def test_only_a_death_soon_after_its_recovery_counts_against_the_state() -> None
     recovered = Incident(
         "z-1", "z", NOW, state=RECOVERED, closed_at=NOW + 10, chosen=("s1", "s0"), attempts=1
     )
-    assert attempted_before(recovered, NOW + 70, 60) is recovered
-    assert attempted_before(recovered, NOW + 71, 60) is None
+    for died_at in (NOW - 50, NOW + 10, NOW + 69.9):
+        assert attempted_before(recovered, died_at, 60) is recovered
+        assert attempted_before(recovered, died_at, 0) is None
+    assert attempted_before(recovered, NOW + 70, 60) is None
     assert after(recovered) == {"tried": ("s1",), "attempts": 1, "inherited": 1}
     for other in (None, replace(recovered, state=ESCALATED), replace(recovered, chosen=())):
         assert attempted_before(other, NOW + 11, 60) is None

@@ -2,8 +2,8 @@
 
 Kind: RQ's forking worker. A job in a child of its own can be killed at its time limit (the in-process kind has only an
 alarm, which foreign code and a hanging disk do not hear), and a crash in it does not take the worker along. A job that
-does nothing takes 5 ms in-process, 14 ms in a fork and 210 ms in a new interpreter (`make bench`, “kinds”; a busy machine
-doubles each): 9 ms for that safety are little beside a synced snapshot of 30 ms and more. The spawning kind has no
+does nothing takes 5 ms in-process, 14 ms in a fork and 210 ms in a new interpreter (`make bench`, “kinds”; more on a
+busy machine): 9 ms for that safety are little beside a synced snapshot of 30 ms and more. The spawning kind has no
 more to offer, ignores the job class, and shows the server's password in its arguments.
 
 RQ by itself waits 90 s to 12 min before it believes that a worker is dead. Here a running job's lease is

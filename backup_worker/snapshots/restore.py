@@ -18,7 +18,7 @@ from backup_worker.snapshots import swap
 from backup_worker.snapshots.copying import dress
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import DamagedSnapshot, SnapshotError, from_os_error, printable
-from backup_worker.snapshots.evidence import keep_evidence
+from backup_worker.snapshots.evidence import keeping
 from backup_worker.snapshots.manifest import Entry
 from backup_worker.snapshots.staging import carry_over, stage, stays_readable
 from backup_worker.snapshots.state import RestorePlan, compare
@@ -137,7 +137,9 @@ class _Replacing:
                     with Tree(self.target) as old:
                         folders, blocked = carry_over(self.plan, old, staged)
                     if self.evidence is not None and self.kept is None:
-                        self.kept = keep_evidence(self.plan.agent, self.target, self.evidence, also=blocked)
+                        self.kept = yield from keeping(
+                            self.plan.agent, self.target, self.evidence, also=blocked
+                        )
                 undressed = [*entries, *folders]
                 privileged = os.geteuid() == 0
                 dress(staged, (entry for entry in undressed if stays_readable(entry, privileged)))

@@ -23,7 +23,7 @@ from backup_worker.recovery import processes
 from backup_worker.recovery.incident import CURRENT, ESCALATED, MAX_RESUMES, RECOVERED, IncidentStore
 from backup_worker.recovery.locks import acting_on
 from backup_worker.runtime import Runtime
-from backup_worker.snapshots import restore, swap
+from backup_worker.snapshots import evidence, swap
 from em_bridge import streams
 from em_bridge.connection import connect
 from em_bridge.events import Heartbeat, decode
@@ -534,7 +534,8 @@ POINTS = {
     "a write of the incident": (IncidentStore, "save"),
     "the record": (Runtime, "record"),
     "the fence": (processes, "fence"),
-    "keeping evidence": (restore, "keep_evidence"),
+    "copying evidence": (evidence, "_copy_evidence"),
+    "keeping evidence": (evidence, "_appear"),
     "the swap": (swap, "swap"),
     "the start": (processes, "_write_record"),
 }

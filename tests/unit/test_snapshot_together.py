@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from backup_worker.snapshots import SnapshotError, disk, verify_snapshot
+from backup_worker.snapshots import (
+    NoSpace,
+    SnapshotError,
+    disk,
+    evidence,
+    plan_restore,
+    restoring,
+    verify_snapshot,
+)
 from backup_worker.snapshots.take import taking
 from backup_worker.snapshots.together import Sync, Work, alone, shared_out, together
 from tests.agent_on_disk import NOON, Place, coreutils_proves
@@ -55,6 +63,54 @@ def test_many_agents_cost_as_many_syncs_as_one(tmp_path: Path, syncs: list[int])
     repo = Place(tmp_path).repo
     assert {outcome.result.agent for outcome in outcomes} == set(names)
     assert all(coreutils_proves(repo.path(f"daily/s/{name}")) for name in names)
+
+
+def ruined(base: Path, names: list[str]) -> list[tuple[int, Work[Any]]]:
+    """Return the restores of agents that have a snapshot, and have been somebody else since."""
+    made = []
+    for number, name in enumerate(names):
+        place = Place(base, name).fill()
+        place.take()
+        place.write("SOUL.md", f"{name}: poisoned\n")
+        plan = plan_restore(place.repo, place.agent, proven=False)
+        made.append((number, restoring(plan, place.root, evidence=base / "evidence" / name, now=NOON)))
+    return made
+
+
+def test_restores_over_living_trees_share_their_syncs_evidence_and_all(
+    tmp_path: Path, syncs: list[int]
+) -> None:
+    [(_, one)] = ruined(tmp_path, ["z"])
+    syncs.clear()
+    alone(one)
+    for_one = len(syncs)
+    works = ruined(tmp_path, [f"a{number}" for number in range(20)])
+    syncs.clear()
+    outcomes = list(together(works))
+    assert [outcome.error for outcome in outcomes] == [None] * 20
+    assert len(syncs) == for_one
+    for outcome in outcomes:
+        assert f"{outcome.result.agent}: poisoned" in (outcome.result.evidence / "SOUL.md").read_text()
+        assert "this is who I am" in (outcome.result.target / "SOUL.md").read_text()
+
+
+def test_one_restore_that_cannot_keep_evidence_leaves_its_tree_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = ruined(tmp_path, ["a", "b", "c"])
+    appear = evidence._appear
+
+    def full(building: Path, destination: Path) -> Path:
+        if destination.name == "b":
+            raise OSError(28, "No space left on device")
+        return appear(building, destination)
+
+    monkeypatch.setattr(evidence, "_appear", full)
+    outcomes = {outcome.index: outcome for outcome in together(works)}
+    assert isinstance(outcomes[1].error, NoSpace)
+    assert (Place(tmp_path, "b").root / "SOUL.md").read_text() == "b: poisoned\n"
+    assert sorted(os.listdir(tmp_path / "evidence")) == ["a", "c"]
+    assert "this is who I am" in (Place(tmp_path, "c").root / "SOUL.md").read_text()
 
 
 def test_one_that_fails_leaves_the_others_whole_and_nothing_behind(tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ def missing_backups(
     """Return (tier, agent) -> the newest slot that should be filled for longer than the limit, and is not.
 
     A snapshot made by hand since the slot was due fills it too. A slot that was announced late (everything was down,
-    or the agent is new) has its time from the announcement.
+    or the agent is new) has its time from the announcement; so has one that was never announced, because a newer one
+    was announced in its place.
     """
     grace_s = runtime.config.schedule.limits.overdue_minutes * 60
     newest: dict[tuple[str, str], float] = {}
@@ -141,12 +142,20 @@ def missing_backups(
     missing = [late for late in due_by_now if newest.get((late.tier, late.agent), 0.0) < late.fire_at]
     announced: list[Any] = [None] * len(missing)
     if runtime.client is not None and missing:
-        announced = list(runtime.client.mget([streams.once_key(slot_announcement(late)) for late in missing]))
+        newer = {(one.tier, one.agent): one for one in schedule.due(runtime.config, (), now)}
+        own = _announcements(runtime, missing)
+        instead = _announcements(runtime, [newer[late.tier, late.agent] for late in missing])
+        announced = [entry or other for entry, other in zip(own, instead, strict=True)]
     return {
         (late.tier, late.agent): late
         for late, entry in zip(missing, announced, strict=True)
         if entry is None or streams.entry_time(entry.decode()) <= now - grace_s
     }
+
+
+def _announcements(runtime: Runtime, slots: Sequence[schedule.Due]) -> list[Any]:
+    """Return the id of the entry with which each slot was announced, None where it was not."""
+    return list(runtime.redis.mget([streams.once_key(slot_announcement(one)) for one in slots]))
 
 
 def slot_announcement(late: schedule.Due) -> str:

@@ -43,7 +43,10 @@ def _one(alert: OpenAlert, policy: Policy) -> str:
     elif alert.rounds:
         parts.append(f"It is open since {moment(alert.opened_at, policy.zone)}; nobody has acknowledged it.")
     if not kinds.of(alert.key).once:
-        parts.append("\n".join(_pointers([alert], policy)))
+        pointers = list(_pointers([alert], policy))
+        if not alert.is_resolved and alert.severity != "info":
+            pointers.append(f"seen:    backup-worker ack {_one_line(alert.key)}")
+        parts.append("\n".join(pointers))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -84,8 +87,6 @@ def _pointers(alerts: Sequence[OpenAlert], policy: Policy) -> Iterator[str]:
         kind = kinds.of(one.key)
         yield f"look:    {_one_line(kind.command(one.key, one.agent))}"
         yield f"runbook: {kind.link(policy.runbook)}"
-    if len(alerts) == 1 and not alerts[0].is_resolved and alerts[0].severity != "info":
-        yield f"seen:    backup-worker ack {_one_line(alerts[0].key)}"
 
 
 def _lasted(alert: OpenAlert) -> str:

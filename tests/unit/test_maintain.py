@@ -85,6 +85,22 @@ def test_a_slot_announced_late_has_its_time_from_then(runtime: Runtime, client: 
     assert overdue(runtime, noon + GRACE + 1) == {("z", "2026-11-23"), ("jay", "2026-11-23")}
 
 
+def test_a_slot_that_passed_while_everything_was_down_is_made_up_by_the_newer_one(
+    runtime: Runtime, fleet: SmallFleet, client: Any
+) -> None:
+    # Every half hour, as long as a slot has its time: the scheduler comes back at 09:40 and announces that of 09:30.
+    fleet.edit(
+        "backup_schedule.json",
+        lambda document: document["tiers"]["daily"].update(cron="*/30 * * * *", slot="%Y-%m-%d-%H%M"),
+    )
+    back = SEVEN + 2 * HOUR + 40 * 60
+    for agent in ("z", "jay"):
+        announce(client, agent, "2026-11-23-0930", back)
+    runtime = fleet.runtime(client)
+    assert overdue(runtime, back + 5) == set()
+    assert overdue(runtime, back + GRACE + 5) == {("z", "2026-11-23-0930"), ("jay", "2026-11-23-0930")}
+
+
 def test_a_slot_that_nobody_announced_is_missing_also_without_redis(fleet: SmallFleet) -> None:
     assert overdue(Runtime(fleet.config), SEVEN + HOUR) == {("z", "2026-11-23"), ("jay", "2026-11-23")}
 

@@ -59,15 +59,20 @@ class Beats:
         fresh = any(streams.entry_time(entry_id) >= since for entry_id, _ in beats)
         return fresh and self.streak(agent, mark, ())[1] >= count
 
-    def streak(self, agent: str, mark: str, old: Collection[str]) -> tuple[str, int]:
+    def streak(
+        self, agent: str, mark: str, old: Collection[str], *, until: float | None = None
+    ) -> tuple[str, int]:
         """Return the incarnation that beat last behind `mark`, and how many beats in a row were its own.
 
-        An incarnation in `old` never counts, and breaks the row of another one. ("", 0) if there is none.
+        An incarnation in `old` never counts, and breaks the row of another one. What came after `until` (Unix seconds)
+        came too late. ("", 0) if there is none.
         """
         incarnation, count = "", 0
         for entry_id, sender in self.by_agent.get(agent.lower(), ()):
             if streams.id_order(entry_id) <= streams.id_order(mark):
                 continue
+            if until is not None and streams.entry_time(entry_id) > until:
+                break
             if sender in old:
                 incarnation, count = "", 0
             elif sender == incarnation:

@@ -199,8 +199,11 @@ class Recovery(Lays):
             # Also if it had beaten often enough: what has ended does not live.
             raise AgentBackupError("the new process has ended: " + self._last_words(incident.agent))
         beats = self._beats(incident.start_mark, incident.agent)
-        incarnation, count = beats.streak(incident.agent, incident.start_mark, incident.old_incarnations)
         now = self.now()
+        incident = self._with_sane_deadline(incident, agent, now)
+        incarnation, count = beats.streak(
+            incident.agent, incident.start_mark, incident.old_incarnations, until=incident.deadline
+        )
         if count >= agent.heartbeat.stable_beats:
             proof = f"{count} beats in a row of incarnation {incarnation}"
             verdict = self._examined(incident, agent, now)
@@ -220,6 +223,13 @@ class Recovery(Lays):
                 + (incident.unwell or self._last_words(incident.agent))
             )
         return self._sleep(incident, min(now + LOOK_AGAIN_S, incident.deadline or now + LOOK_AGAIN_S))
+
+    def _with_sane_deadline(self, incident: Incident, agent: AgentConfig, now: float) -> Incident:
+        """Return the incident with a deadline that is not further away than it ever was: the clock may be set back."""
+        latest = now + agent.heartbeat.verify_within
+        if incident.deadline is None or incident.deadline <= latest:
+            return incident
+        return replace(incident, deadline=latest)
 
     def _examined(self, incident: Incident, agent: AgentConfig, now: float) -> Health | None:
         """Return what the agent's `health` command says; None if it has none."""

@@ -199,3 +199,12 @@ def test_one_that_beats_but_is_not_well_is_left_to_its_next_look(client: redis.R
     IncidentStore(client).save(replace(waits, unwell=""), wake_at=NOW + 100)
     pacemaker.tick(config, NOW)
     assert woken(client) == [waits.id]
+
+
+def test_a_clock_that_is_set_back_makes_nobody_wait_for_it(client: redis.Redis, config: Config) -> None:
+    incident = opened(client, wake_at=NOW + 5)
+    pacemaker = Pacemaker(client)
+    pacemaker.tick(config, NOW)
+    assert woken(client) == []
+    pacemaker.tick(config, NOW - 3600)
+    assert woken(client) == [incident.id]

@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from backup_worker.snapshots import parts
-from backup_worker.snapshots.copier import Changed, Copier, Previous, Sleep, Unreadable, entry_of, kind_of
+from backup_worker.snapshots.content import opened_ahead
+from backup_worker.snapshots.copier import (
+    Changed,
+    Copier,
+    Previous,
+    Sleep,
+    Unreadable,
+    entry_of,
+    is_small,
+    kind_of,
+)
 from backup_worker.snapshots.disk import Tree, order
 from backup_worker.snapshots.listing import State, list_scope
 from backup_worker.snapshots.manifest import Entry, Problem
@@ -134,9 +144,31 @@ class Capture:
         self._take_files(twins, found)
 
     def _take_files(self, paths: Sequence[str], found: Found) -> None:
+        """Share what is unchanged, read the many small ones that the disk answers together, then all others."""
+        small: list[str] = []
+        rest: list[str] = []
+        now = clock.now()
         for path in paths:
-            if not self._take_small(path, found[path]):
-                self._take_file(path)
+            listed = found[path]
+            if entry := self.copier.share(path, listed):
+                self._took(path, entry, listed)
+            elif is_small(listed, now) and not (now - listed.st_mtime < OLD_S and path.endswith(".json")):
+                small.append(path)
+            else:
+                rest.append(path)
+        for path, fd in opened_ahead(self.source, small, str, from_disk=False):
+            listed = found[path]
+            taken = self.copier.copy_small(path, fd, listed, now) if isinstance(fd, int) else None
+            if taken is not None:
+                self._took(path, taken, listed)
+            else:
+                rest.append(path)
+        for path in rest:
+            self._take_file(path)
+
+    def _took(self, path: str, entry: Entry, state: State) -> None:
+        self.done.entries[path] = entry
+        self._states[path] = state
 
     def _take_in_parts(self, paths: Sequence[str], found: Found) -> None:
         def take(part: Sequence[str]) -> Any:
@@ -181,20 +213,7 @@ class Capture:
             with contextlib.suppress(OSError, Changed):  # gone or changed meanwhile: the next round sees it
                 if xattrs := self.copier.xattrs(self.source.folder(path)):
                     entry = replace(entry, xattrs=xattrs)
-        self.done.entries[path] = entry
-        self._states[path] = info
-
-    def _take_small(self, path: str, info: State) -> bool:
-        """Take a file the short way, if it is one of the many that need no more."""
-        now = clock.now()
-        if now - info.st_mtime < OLD_S and path.endswith(".json"):
-            return False
-        entry = self.copier.copy_small(path, info, now)
-        if entry is None:
-            return False
-        self.done.entries[path] = entry
-        self._states[path] = info
-        return True
+        self._took(path, entry, info)
 
     def _take_file(self, path: str) -> None:
         """Take a file in as many tries as it needs."""
@@ -217,8 +236,7 @@ class Capture:
                     torn = info, now
                 if now - torn[1] < SETTLED_S:
                     continue
-            self.done.entries[path] = entry
-            self._states[path] = info
+            self._took(path, entry, info)
             return
         self._give_up(path, f"kept changing while it was read ({TRIES} tries)")
 

@@ -189,12 +189,12 @@ def forget(fd: int) -> None:
 
 
 def opened_ahead(
-    tree: Tree, items: Iterable[T], path: Callable[[T], str]
+    tree: Tree, items: Iterable[T], path: Callable[[T], str], *, from_disk: bool = True
 ) -> Iterator[tuple[T, int | OSError]]:
     """Yield each item with its file open for reading, or with why it could not be opened.
 
-    The page cache forgets each file, and the disk is asked for a whole group before the first of it is read. The
-    descriptor is closed when the next one is asked for.
+    The disk is asked for a whole group before the first of it is read; `from_disk`: also for what the page cache still
+    holds. The descriptor is closed when the next one is asked for.
     """
     waiting = iter(items)
     while group := list(islice(waiting, AHEAD)):
@@ -205,7 +205,7 @@ def opened_ahead(
                     opened.append(tree.open_quietly(path(item)))
                 except OSError as error:
                     opened.append(error)
-            _ask_ahead([fd for fd in opened if isinstance(fd, int)])
+            _ask_ahead([fd for fd in opened if isinstance(fd, int)], from_disk)
             opened.reverse()
             for item in group:
                 found = opened[-1]
@@ -219,12 +219,12 @@ def opened_ahead(
                     os.close(found)
 
 
-def _ask_ahead(fds: Sequence[int]) -> None:
-    """Let the page cache forget what is on the disk already, and the disk begin to read it again."""
+def _ask_ahead(fds: Sequence[int], from_disk: bool) -> None:
+    """Let the page cache forget what is on the disk already, if it should, and the disk begin to read."""
     advise, forgets, wants = os.posix_fadvise, os.POSIX_FADV_DONTNEED, os.POSIX_FADV_WILLNEED
     # A file system that takes no advice takes none on any file.
     with contextlib.suppress(OSError):
-        for fd in fds:
+        for fd in fds if from_disk else ():
             advise(fd, 0, 0, forgets)
         for fd in fds:
             advise(fd, 0, _AHEAD_BYTES, wants)

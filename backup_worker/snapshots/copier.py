@@ -66,21 +66,27 @@ class Copier:
 
     # -- the short way ----------------------------------------------------------------------------------------------
 
-    def copy_small(self, path: str, listed: State, now: float) -> Entry | None:
-        """Copy a small file at rest as it was listed, with the fewest calls; None: it needs `copy`.
+    def share(self, path: str, listed: State) -> Entry | None:
+        """Share a file that its inode and times prove to be the previous snapshot's, attributes and all; unread."""
+        old = self.previous.entries.get(path) if self.previous else None
+        if old is None or listed.st_nlink != 1 or old.hardlink is not None or not _is_unchanged(old, listed):
+            return None
+        folder, _, name = path.rpartition("/")
+        if not self._link_new(folder, name):
+            return None
+        return old if old.linked else _linked(old)
+
+    def copy_small(self, path: str, fd: int, listed: State, now: float) -> Entry | None:
+        """Copy a file at rest that `is_small`, open as `fd`, with the fewest calls; None: it needs `copy`.
 
         `listed` is its state before, of a time not later than `now`, which is not later than the reading.
         """
-        if listed.st_size > SMALL_BYTES or listed.st_nlink != 1 or now - listed.st_mtime < HOT_S:
-            return None
-        folder, _, name = path.rpartition("/")
-        old = self.previous.entries.get(path) if self.previous else None
-        if old is not None and _is_unchanged(old, listed):
-            return self._share(old, folder, name)
-        read = self._read_small(path, listed)
+        read = self._read_small(fd, listed)
         if read is None:
             return None
         content, xattrs = read
+        folder, _, name = path.rpartition("/")
+        old = self.previous.entries.get(path) if self.previous else None
         trusted = now - max(listed.st_mtime, listed.st_ctime) >= TRUST_S
         inode, ctime_ns = (listed.st_ino, listed.st_ctime_ns) if trusted else (0, 0)
         digest = hashlib.sha256(content).hexdigest()
@@ -106,29 +112,17 @@ class Copier:
             inode, ctime_ns,
         )  # fmt: skip
 
-    def _read_small(self, path: str, listed: State) -> tuple[bytes, tuple[tuple[str, str], ...]] | None:
+    def _read_small(self, fd: int, listed: State) -> tuple[bytes, tuple[tuple[str, str], ...]] | None:
         """Return content and attributes, or None where the file is not, before and after, what was listed."""
         try:
-            fd = self.source.open_quietly(path)
-        except OSError:
-            return None
-        try:
             content = os.read(fd, listed.st_size + 1)
-            xattrs = self._xattrs(fd) if self._with_xattrs else ()
+            xattrs = self.xattrs(fd)
             after = state_of(os.fstat(fd))
         except (OSError, Changed):
             return None
-        finally:
-            os.close(fd)
         if len(content) != listed.st_size or after != listed or sqlite.is_database(content):
             return None
         return content, xattrs
-
-    def _share(self, old: Entry, folder: str, name: str) -> Entry | None:
-        """Share a file that its inode and times prove to be the one of the previous snapshot, attributes and all."""
-        if old.hardlink is not None or not self._link_new(folder, name):
-            return None
-        return old if old.linked else _linked(old)
 
     def _link_new(self, folder: str, name: str) -> bool:
         """Link the previous snapshot's file into its place, which must be free; tell whether that was possible."""
@@ -315,6 +309,11 @@ def _beginning(fd: int) -> bytes:
         return os.pread(fd, 20, 0)
     except OSError as error:
         raise Unreadable(f"cannot be read: {(error.strerror or '').lower()}") from error
+
+
+def is_small(listed: State, now: float) -> bool:
+    """Tell whether the short way may be tried: a small file at rest, with one name."""
+    return listed.st_size <= SMALL_BYTES and listed.st_nlink == 1 and now - listed.st_mtime >= HOT_S
 
 
 def kind_of(info: State) -> Kind | None:

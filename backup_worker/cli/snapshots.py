@@ -354,10 +354,12 @@ def prune(
     config: ConfigOption = DEFAULT_CONFIG,
     as_json: JsonOption = False,
 ) -> None:
-    """Apply retention: delete what is no longer to be kept.
+    """Apply retention: delete what is no longer to be kept, and the evidence of restores by hand beyond its limits.
 
     Example: `backup-worker prune --dry-run`
     """
+    from backup_worker.recovery import keeping
+    from backup_worker.runtime import Runtime
     from backup_worker.snapshots import plan_prune
     from backup_worker.snapshots import prune as delete
 
@@ -365,6 +367,8 @@ def prune(
     plan = plan_prune(repo, settings.retention(), now=clock.now())
     for identifier in [] if dry_run else delete(repo, plan):
         history.append("prune", now=clock.now(), id=identifier, agent=identifier.rpartition("/")[2])
+    if not dry_run:
+        keeping.prune(Runtime(settings), clock.now())
     emit(plan.as_json(), as_json=as_json, render=lambda result: _print_plan(result, dry_run))
 
 

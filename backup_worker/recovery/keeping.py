@@ -17,6 +17,8 @@ from backup_worker.runtime import Runtime
 from backup_worker.snapshots.disk import Tree
 
 FRESH_S = 3600.0
+BY_HAND = "restore-"
+"""What the names of evidence begin with that a restore by hand has kept; the others are those of incidents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +76,20 @@ def _size(folder: Path) -> int:
 def prune(runtime: Runtime, now: float) -> list[str]:
     """Remove what the limits say, and return the names of the folders that are gone.
 
-    Of closed incidents Redis lets go at the same age; what they did stays in the record.
+    Of closed incidents Redis lets go at the same age; what they did stays in the record. Without Redis nobody can say
+    which incidents are open: then only what restores by hand have kept is removed.
     """
-    folder = runtime.config.schedule.state / "evidence"
-    limits = runtime.config.schedule.limits
-    IncidentStore(runtime.redis).forget(now, max_age_s=limits.evidence_days * 86400)
+    folder, limits = runtime.config.schedule.state / "evidence", runtime.config.schedule.limits
+    found = look(folder)
+    if runtime.client is None:
+        in_use = {one.name for one in found if not one.name.lstrip(".").startswith(BY_HAND)}
+    else:
+        store = IncidentStore(runtime.client)
+        store.forget(now, max_age_s=limits.evidence_days * 86400)
+        in_use = set(store.open_ids().values())
     removals = plan(
-        look(folder), now=now, max_bytes=limits.evidence_bytes, max_days=limits.evidence_days,
-        in_use=set(IncidentStore(runtime.redis).open_ids().values()),
-    )  # fmt: skip
+        found, now=now, max_bytes=limits.evidence_bytes, max_days=limits.evidence_days, in_use=in_use
+    )
     for removal in removals:
         with Tree(folder) as tree:
             tree.remove(removal.kept.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from backup_worker.recovery.incident import IncidentStore
 from backup_worker.recovery.keeping import FRESH_S, Kept, plan
 from backup_worker.runtime import Runtime
 from tests.living_fleet import Fleet
+from tests.unit.test_snapshot_commands import Shell
 
 NOW = 1_795_000_000.0
 DAY = 86400.0
@@ -105,3 +107,33 @@ def test_the_prune_task_removes_old_evidence_records_it_and_spares_open_incident
 
 def test_no_evidence_is_no_work(runtime: Runtime) -> None:
     assert keeping.prune(runtime, NOW) == []
+
+
+def test_without_redis_only_what_restores_by_hand_have_kept_is_removed(runtime: Runtime) -> None:
+    alone = Runtime(runtime.config)
+    incident, by_hand = evidence(runtime, "z-20261123-1"), evidence(runtime, "restore-z-1")
+    cut_off = evidence(runtime, ".restore-z-2.0f0f")
+    assert keeping.prune(alone, time.time()) == []
+    assert sorted(keeping.prune(alone, time.time() + 91 * DAY)) == [cut_off.name, by_hand.name]
+    assert incident.is_dir()
+    assert [line["kind"] for line in runtime.history.read()] == ["prune", "prune"]
+
+
+def test_the_command_prune_keeps_evidence_within_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = Shell(tmp_path)
+    document = json.loads((shell.config / "backup_schedule.json").read_text())
+    document["limits"]["evidence_bytes"] = 1
+    (shell.config / "backup_schedule.json").write_text(json.dumps(document))
+    shell.json("backup", "z", "--tier", "weekly")
+    shell.z.write("SOUL.md", "poisoned")
+    kept = Path(shell.json("restore", "z")[0]["evidence"])
+    shell.run("prune")
+    assert kept.is_dir(), "a restore may be standing on it"
+    monkeypatch.setattr(keeping, "FRESH_S", 0.0)
+    shell.run("prune", "--dry-run")
+    assert kept.is_dir()
+    shell.run("prune")
+    assert not kept.exists()
+    assert shell.recorded()[-1] == "prune"

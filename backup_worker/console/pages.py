@@ -145,7 +145,7 @@ def history_page() -> str:
 
 KINDS = (
     "action", "agent-state", "alert", "alert-delivery", "alert-resolved", "backup", "change", "config", "job-failed",
-    "prune", "recovery", "restore", "verify",
+    "ping", "prune", "recovery", "restore", "silence", "silence-ended", "verify",
 )  # fmt: skip
 
 

@@ -215,3 +215,18 @@ def test_a_damaged_snapshot_is_found_by_the_scrub_and_alerted(
     later = SEVEN + 400 * 86400
     assert maintain.run(runtime, "scrub", now=later)["bad"] == ["daily/2026-11-23/z"]
     assert "rot/daily/2026-11-23/z" in open_keys(client)
+
+
+def test_the_end_of_a_silence_s_time_is_on_the_record_once_and_sends_what_it_held_back(
+    runtime: Runtime, fleet: SmallFleet, client: Any
+) -> None:
+    begun = alerts.silences.begin(client, ["lag"], (), for_s=60, by="kari", why="disks", now=SEVEN)
+    alerts.raise_alert(client, alerts.Alert("lag", "critical", "t", "b"), now=SEVEN)
+    maintain.run(runtime, "deliver", now=SEVEN + 59)
+    assert fleet.history() == []
+    for now in (SEVEN + 60, SEVEN + 90):
+        maintain.run(runtime, "deliver", now=now)
+    (line,) = fleet.history("silence-ended")
+    assert (line["id"], line["by"], line["why"]) == (begun.id, "its time was over", "disks")
+    (line,) = fleet.history("alert-delivery")
+    assert (line["keys"], line["failed"]) == (["lag"], ["no receiver is configured"])

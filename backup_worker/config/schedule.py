@@ -305,7 +305,10 @@ class Schedule(Model):
         title="list of alert URLs",
         description="Where a human is told, as apprise URLs (github.com/caronc/apprise): e-mail, chat, SMS, webhooks; "
         "or as maps with url and min_severity or severities. Keep passwords in the environment: ${SMTP_PASSWORD}.",
-        examples=[["mailtos://user:${SMTP_PASSWORD}@example.com"]],
+        examples=[
+            ["mailtos://user:${SMTP_PASSWORD}@example.com"],
+            [{"url": "ntfys://ntfy.example.com/oncall", "min_severity": "critical"}],
+        ],
     )
     paging: Paging = Field(default_factory=Paging, title="map", description="How and when humans are told.")
     limits: Limits = Field(default_factory=Limits, title="map of limits", description="When to alert.")

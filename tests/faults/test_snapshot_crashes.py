@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker.snapshots import finish_interrupted, index, verify_snapshot
+from backup_worker.snapshots import finish_interrupted, index, large, verify_snapshot
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.repository import INDEX
 from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves
@@ -285,6 +285,24 @@ def test_a_list_struck_anywhere_while_it_writes_its_memory_leaves_the_old_or_the
             nothing_left_over(place)
 
     strike_everywhere("list", tmp_path, inject, judge)
+
+
+def prepare_large(base: Path) -> Place:
+    place = prepare(base)
+    place.write("memory/large.bin", os.urandom(large.FROM_BYTES + 5))
+    return place
+
+
+@pytest.mark.parametrize("inject", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
+def test_a_backup_of_a_large_file_struck_anywhere_leaves_only_whole_snapshots(
+    tmp_path: Path, inject: str
+) -> None:
+    def judge(place: Place, code: int, said: str) -> None:
+        assert code in ((0, -9, 137) if "KILL" in inject else (0, 3)), said
+        assert "Traceback" not in said
+        after_a_killed_backup(place, 0, said)
+
+    strike_everywhere("backup", tmp_path, inject, judge, sample=6, prepared=prepare_large)
 
 
 def prepare_rot(base: Path) -> Place:

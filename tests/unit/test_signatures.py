@@ -199,6 +199,8 @@ def at(moment: float) -> str:
         (f'valid-after="{at(time.time() + DAY)}"', False),
         (f'valid-after="{at(time.time() - DAY)}"', True),
     ],
+    # Named, because each of several test processes has its own time.
+    ids=["our namespace", "another", "still valid", "no longer", "not yet", "already"],
 )
 def test_the_options_of_the_file_are_openssh_s_own(
     inbox: Inbox, keys: Keys, options: str, counts: bool

@@ -177,15 +177,17 @@ def test_an_approver_s_line_is_made_as_the_text_says(reader: Reader) -> None:
     reader.run(f"echo yes > statement && {signed} && {proven}")
 
 
-def test_the_receivers_that_the_text_shows_are_a_configuration(tmp_path: Path) -> None:
-    (shown,) = (
+def test_what_the_text_shows_of_the_schedule_is_a_configuration(tmp_path: Path) -> None:
+    shown = [
         json.loads(block.text)
         for block in documents.blocks(documents.ROOT / "docs" / "operations.md")
-        if block.language == "json" and '"alerts"' in block.text
-    )
+        if block.language == "json" and '"agents"' not in block.text
+    ]
+    assert {key for part in shown for key in part} == {"alerts", "agent_redis"}
     starter.write(tmp_path, starter.contents(tmp_path, [], "UTC"))
     file = tmp_path / SCHEDULE_FILE
-    file.write_text(json.dumps(json.loads(file.read_text()) | shown))
+    for part in shown:
+        file.write_text(json.dumps(json.loads(file.read_text()) | part))
     loaded = load(tmp_path, environ={"SMTP_PASSWORD": "x"}, check_alerts=True)
     assert len(loaded.schedule.alerts) == 2
 

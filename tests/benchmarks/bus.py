@@ -17,6 +17,7 @@ import redis
 import rq
 
 from backup_worker import dispatcher, queues
+from backup_worker.config.schedule import Limits
 from backup_worker.embedded import EmbeddedValkey
 from em_bridge import Publisher, streams
 from em_bridge import replay as replaying
@@ -286,7 +287,7 @@ def dispatch(settings: Settings) -> Iterator[Table]:
 
         def ours() -> Mapping[str, float]:
             client.flushdb()
-            one = dispatcher.Dispatcher(connect(url, retrying=False))
+            one = dispatcher.Dispatcher(connect(url, retrying=False), limits=lambda: Limits(queue_jobs=count))
             one.prepare()
             with client.pipeline(transaction=False) as pipe:
                 for event in events:

@@ -32,7 +32,7 @@ from tests.small_fleet import ON_CHANGE, SmallFleet, until
 
 pytestmark = [pytest.mark.valkey, pytest.mark.timeout(180)]
 
-CHANGES, MESSAGES = 60, 300
+CHANGES, MESSAGES = 32, 160
 PARTS = {
     "dispatcher": ("dispatcher",),
     "scheduler": ("scheduler",),
@@ -148,7 +148,7 @@ def test_a_promoted_replica_is_found_by_every_part_and_nothing_happens_twice(
         flowing.start()
         reading = threading.Thread(target=_read, args=(jay, got))
         reading.start()
-        time.sleep(3)
+        time.sleep(2)
         sentinels.kill_primary()
         flowing.join()
         reading.join(60)

@@ -70,7 +70,10 @@ class Feed:
                 return None
             self._listeners += 1
             if self._reader is None or not self._reader.is_alive():
-                self._reader = threading.Thread(target=self._read, name="feed", daemon=True)
+                # Looked at before the stream is open: whatever comes behind that is told.
+                self._reader = threading.Thread(
+                    target=self._read, args=(self._look(),), name="feed", daemon=True
+                )
                 self._reader.start()
         return self._stream()
 
@@ -108,13 +111,14 @@ class Feed:
             with self._news:
                 self._listeners -= 1
 
-    def _read(self) -> None:
+    def _read(self, before: dict[str, int]) -> None:
         """Look every second, until nobody listens."""
-        before: dict[str, int] = {}
         beats_at = clock.monotonic()
         while not self._closed.wait(PERIOD_S):
-            if not self._listeners:
-                return
+            with self._news:
+                if not self._listeners:
+                    self._reader = None
+                    return
             now = self._look()
             changed = {topic for topic, mark in now.items() if before.get(topic, mark) != mark}
             before = now

@@ -76,7 +76,7 @@ def _attempts(incident: Incident) -> list[Attempt]:
     """Return the steps by attempt: each begins with a fence."""
     groups: list[list[Step]] = []
     for step in incident.steps:
-        if not groups or (step.step == "fence" and any(one.step != "fence" for one in groups[-1])):
+        if not groups or (step.step == "fence" and any(one.step == "fence" for one in groups[-1])):
             groups.append([])
         groups[-1].append(step)
     return [Attempt(number, tuple(steps)) for number, steps in enumerate(groups, 1)]

@@ -10,7 +10,8 @@ What is wrong with rq-dashboard 0.9 here, and what this module does about it:
 - `requeue all` works by GET: here every change is a POST with the session's token, and a line of the record;
 - it connects by itself, anew for each request that names an instance: here it gets the console's own client;
 - arguments in its addresses are not checked (an unknown registry or page size was a server error): here they are;
-- its markup carries styles, for which a policy would have to allow all inline styles: here they are taken out;
+- its markup carries styles, for which a policy would have to allow all inline styles, and fields that a screen reader
+  cannot name: here they are taken out, and named;
 - descriptions are put into its pages as markup (stored XSS, its issue 526), by a template engine that needs `eval`:
   here `static/rq.js` takes that engine's place, escapes everything and evaluates nothing, under a policy that lets only
   scripts with this response's nonce run.
@@ -219,15 +220,19 @@ def _number(text: Any) -> int:
 _STYLE = re.compile(r"""\sstyle=("[^"]*"|'[^']*')""")
 
 
+_TITLED_FIELD = re.compile(r'(<(?:input|select)\b[^>]*?)title="')
+
+
 def _without_styles(found: re.Match[str]) -> str:
     # What its script shows later is hidden by our style sheet until then.
     return " data-off" if "none" in found[1] else ""
 
 
 def _after(response: Response) -> Response:
-    """Take styles out of the markup, which the policy refuses, and put what was done on the record."""
+    """Take styles out of the markup, which the policy refuses, name its fields, and put what was done on the record."""
     if request.blueprint == "rq_dashboard" and response.mimetype == "text/html":
-        response.set_data(_STYLE.sub(_without_styles, response.get_data(as_text=True)))
+        page = _STYLE.sub(_without_styles, response.get_data(as_text=True))
+        response.set_data(_TITLED_FIELD.sub(r'\1aria-label="', page))
     if (
         request.endpoint in CHANGING
         and request.method == "POST"

@@ -2,6 +2,9 @@
 (function () {
   "use strict";
 
+  var READ_MS = 8000;
+  var missed = false, begun = Date.now();
+
   function stale(yes) {
     var note = document.getElementById("stale");
     if (note) note.hidden = !yes;
@@ -11,12 +14,14 @@
   function inUse() {
     var active = document.activeElement;
     if (document.hidden || document.querySelector("details.ask[open]")) return true;
+    // What came of an action stays long enough to be read.
+    if (document.querySelector("[data-said]") && Date.now() - begun < READ_MS) return true;
     if (active && active.closest("#main") && /^(INPUT|TEXTAREA|SELECT)$/.test(active.tagName)) return true;
     return String(window.getSelection()) !== "";
   }
 
   document.addEventListener("htmx:before:request", function (event) {
-    if (inUse()) event.preventDefault();
+    if (inUse()) { missed = true; event.preventDefault(); }
   });
   document.addEventListener("htmx:before:response", function (event) {
     var status = event.detail.ctx.response.status;
@@ -28,12 +33,19 @@
 
   // One stream of events a window, and only while somebody looks at it: a browser allows few connections to one place.
   var EVERY_MS = 5000, LATEST_MS = 30000;
-  var source = null, poll = null, last = Date.now();
+  var PAUSE_MS = 700;
+  var source = null, poll = null, later = null, last = 0;
 
   function refresh() {
     var live = document.getElementById("live");
-    if (!live || document.hidden || Date.now() - last < 700) return;
+    if (!live || document.hidden || later) return;
+    var wait = last + PAUSE_MS - Date.now();
+    if (wait > 0) {
+      later = window.setTimeout(function () { later = null; refresh(); }, wait);
+      return;
+    }
     last = Date.now();
+    missed = false;
     window.htmx.trigger(live, "refresh");
   }
 
@@ -52,7 +64,8 @@
     if (!live || source || document.hidden) return;
     var topics = live.dataset.topics.split(" ");
     source = new EventSource(live.dataset.events);
-    source.addEventListener("open", function () { ask(false); });
+    // What happened between the making of this page and now was told to nobody.
+    source.addEventListener("open", function () { ask(false); refresh(); });
     source.addEventListener("changed", function (event) {
       if (event.data.split(" ").some(function (topic) { return topics.indexOf(topic) >= 0; })) refresh();
     });
@@ -71,7 +84,7 @@
   // Ages grow without any event; and a stream that was refused is asked for again.
   window.setInterval(function () {
     listen();
-    if (Date.now() - last > LATEST_MS) refresh();
+    if (missed || Date.now() - last > LATEST_MS) refresh();
   }, EVERY_MS);
   listen();
 

@@ -438,7 +438,10 @@ def test_a_message_says_where_to_look_what_to_read_and_how_to_acknowledge() -> N
 
 def test_a_list_names_every_alert_and_each_kind_s_help_once() -> None:
     of_one_kind = message(
-        *(alert(f"missing/daily/{agent}", agent=agent, title=f"no backup of {agent}") for agent in ("z", "jay"))
+        *(
+            alert(f"missing/daily/{agent}", agent=agent, title=f"no backup of {agent}")
+            for agent in ("z", "jay")
+        )
     )
     assert of_one_kind[1].splitlines()[-2:] == [
         "look:    backup-worker list --agent jay --tier daily",

@@ -12,6 +12,7 @@ searches long for inodes that were not in use just now, and whoever comes next w
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import statistics
 import sys
@@ -223,13 +224,13 @@ def lifecycles(
 
 
 def compare(settings: Settings, fleet: data.Fleet, programs: Sequence[str], *, keep: bool) -> Iterator[Table]:
-    """Yield the times of full, unchanged again and restore, and the most memory of each."""
+    """Yield the times of full, unchanged again and restore, and the memory and processor time of each."""
     folder = settings.folder / f"contenders-{fleet.root.name}"
     # The bare loop holds whole files in memory: it is made for small ones.
     made = {name: make for name, make in makers(programs).items() if keep or name != BARE}
     _check_space(settings.folder, fleet, settings.runs if keep else 1)
     yield times_table(fleet.title, in_turn(lifecycles(folder, fleet, made, PHASES, keep=keep), settings.runs))
-    yield _memory(folder / "memory", fleet, made)
+    yield from _costs(folder / "costs", fleet, made)
     if not keep:
         remove(folder)
 
@@ -248,18 +249,27 @@ def _check_space(folder: Path, fleet: data.Fleet, runs: int) -> None:
         raise BenchError(f"{names:,} inodes are needed in “{folder}”, and {left:,} are free: use --folder")
 
 
-def _memory(folder: Path, fleet: data.Fleet, made: Makers) -> Table:
-    title = f"Most memory of all processes together, {fleet.title} (MB)"
-    table = Table(title, ("contender", *PHASES))
+def _costs(folder: Path, fleet: data.Fleet, made: Makers) -> Iterator[Table]:
+    memory = Table(f"Most memory of all processes together, {fleet.title} (MB)", ("contender", *PHASES))
+    processor = Table(f"Processor seconds, user + system, {fleet.title}", ("contender", *PHASES))
     for name, make in made.items():
-        if name in ("cp -a + sync", BARE):
-            continue
         contender = make(folder / name, fleet)
         contender.prepare()
-        commands = [contender.command(phase) for phase in PHASES]
-        table.add(name, *(f"{peak_memory(argv, cwd=cwd, env=env) / 1e6:.0f}" for argv, cwd, env in commands))
-    table.notes.append("the page cache is not counted; one run, sampled every 20 ms")
-    return table
+        peaks, spent = [], []
+        for phase in PHASES:
+            argv, cwd, env = contender.command(phase)
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            peaks.append(peak_memory(argv, cwd=cwd, env=env))
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent.append((after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime))
+        memory.add(name, *(f"{peak / 1e6:.0f}" for peak in peaks))
+        processor.add(name, *(f"{user:.2f} + {system:.2f}" for user, system in spent))
+    memory.notes.append("the page cache is not counted; one run, sampled every 20 ms")
+    processor.notes.append(
+        "of the same run; other programs on the machine disturb this less than they do the clock"
+    )
+    yield memory
+    yield processor
 
 
 def small(settings: Settings) -> Iterator[Table]:

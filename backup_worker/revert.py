@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from backup_worker import changes, guard, guarded, restores
+from backup_worker import approvals, changes, guard, guarded, restores
 from backup_worker.approved import ApprovedState, ApprovedStates, Held
 from backup_worker.recovery.locks import acting_on
 from backup_worker.runtime import Runtime
@@ -187,8 +187,8 @@ def _replace(wanted: RevertPlan) -> None:
 def _close(runtime: Runtime, agent: str, wanted: RevertPlan, by: str, now: float) -> None:
     """Reject what the watch has proposed of this, and have the alerts closed."""
     paths = {step.path for step in wanted.steps}
-    for one in changes.all_changes(runtime.redis):
-        mine = one.by == guard.FINDER and one.agent == agent and one.state == changes.PROPOSED
+    for one in changes.all_changes(runtime.redis, approvals.rules(runtime.config, now), agent):
+        mine = one.by == guard.FINDER and one.state == changes.PROPOSED
         if mine and paths & set(one.paths):
             event = events.ConfigRejected(one.change, by, "reverted")
             streams.append_once(runtime.redis, event, once=f"revert/{one.change}")

@@ -258,7 +258,7 @@ def _decide(
     runtime = open_runtime(config, redis_url)
     rules = approvals.rules(runtime.config)
     who = by or getpass.getuser()
-    if only_statement or (key is not None and given is None and rules.need_signature):
+    if only_statement or (key is not None and given is None):
         known = changes.get(runtime.redis, change, rules)
         approvals.check_decision(known, who, yes=yes, rules=rules)
         signed = changes.statement(known, who)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from backup_worker.snapshots.manifest import Head, Problem
+from backup_worker.snapshots.errors import SnapshotError, printable
+from backup_worker.snapshots.manifest import MANIFEST, Head, Problem, read_head
 from backup_worker.snapshots.scope import Scope
 
 NOTES = ("verified_at", "pinned", "damaged")
@@ -54,9 +55,22 @@ def identity(info: os.stat_result) -> Identity:
     return info.st_ino, info.st_ctime_ns, info.st_mtime_ns, info.st_size
 
 
-def remembered(info: os.stat_result, head: Head) -> Remembered:
-    """Return what to remember of `head`, read from the file whose state, before and after, was `info`."""
-    return Remembered(identity(info), {name: getattr(head, name) for name in _FIELDS})
+def recall(root: Path, identifier: str, known: Remembered | None) -> tuple[os.stat_result, Remembered]:
+    """Return the state of a snapshot's manifest, and its head: `known`, if it was read from that very file.
+
+    Raises OSError, or SnapshotError where it is no manifest of that snapshot.
+    """
+    path = f"{root}/{identifier}/{MANIFEST}"
+    info = os.stat(path)
+    if known is not None and known.identity == identity(info):
+        return info, known
+    with open(path, "rb") as file:
+        # Before it is read: what is written meanwhile shows in the times of the next look.
+        info = os.fstat(file.fileno())
+        head = read_head(file)
+    if head.id != identifier:
+        raise SnapshotError(f"snapshot “{identifier}” says of itself that it is “{printable(head.id)}”")
+    return info, Remembered(identity(info), {name: getattr(head, name) for name in _FIELDS})
 
 
 def is_settled(info: os.stat_result, now: float) -> bool:

@@ -7,10 +7,35 @@ that is lost costs a verification, and never a snapshot.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from backup_worker.snapshots import disk
 from backup_worker.snapshots.layout import make_private
+
+MANY = 100
+"""From so many snapshots on, all notes are listed at once; below, listing those of a large fleet for each of its agents
+would take the square of its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What the notes say of some snapshots, by id."""
+
+    verified_at: Mapping[str, float]
+    pinned: Collection[str]
+    damaged: Collection[str]
+
+    def of(self, identifier: str, created_at: float) -> dict[str, Any]:
+        """Return the three fields of a head that are not in its manifest."""
+        return {
+            # A snapshot is read back before it gets its name: its making is its first verification.
+            "verified_at": self.verified_at.get(identifier, created_at),
+            "pinned": identifier in self.pinned,
+            "damaged": identifier in self.damaged,
+        }
 
 
 class Notes:
@@ -54,3 +79,16 @@ class Notes:
             return [name.replace("@", "/") for name in os.listdir(self._folder / kind)]
         except FileNotFoundError:
             return []
+
+    def marks(self, identifiers: Collection[str]) -> Marks:
+        """Return what is noted of the snapshots `identifiers`."""
+        if len(identifiers) < MANY:
+            pinned, damaged = (
+                {i for i in identifiers if self.at(kind, i) is not None} for kind in ("pins", "damaged")
+            )
+            noted = identifiers
+        else:
+            pinned, damaged = set(self.keys("pins")), set(self.keys("damaged"))
+            noted = set(self.keys("verified")).intersection(identifiers)
+        dates = {identifier: self.at("verified", identifier) for identifier in noted}
+        return Marks({i: at for i, at in dates.items() if at is not None}, pinned, damaged)

@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -37,8 +37,6 @@ from em_bridge.errors import NotFound
 
 HIDDEN = ".agent-backup"
 INDEX = "heads"
-MANY = 100
-"""From so many snapshots on, all notes are listed at once."""
 AnyHead = TypeVar("AnyHead", bound=Head)
 
 
@@ -86,7 +84,7 @@ class Repository:
         settled, unknown, now = [], 0, clock.now()
         for identifier in self.ids(agent, tier):
             try:
-                info, one = self._recall(identifier, known.get(identifier))
+                info, one = index.recall(self.root, identifier, known.get(identifier))
             except (SnapshotError, OSError):
                 unreadable.append(identifier)
                 continue
@@ -96,39 +94,9 @@ class Repository:
                 unknown += one is not known.get(identifier)
         if agent is None and tier is None and index.is_worth_writing(len(known), len(settled), unknown):
             index.save(self.hidden / INDEX, settled, self.staging())
-        return sorted(self._all_noted(found), key=lambda head: head.sort_key), unreadable
-
-    def _recall(
-        self, identifier: str, known: index.Remembered | None
-    ) -> tuple[os.stat_result, index.Remembered]:
-        path = f"{self.root}/{identifier}/{MANIFEST}"
-        info = os.stat(path)
-        if known is not None and known.identity == index.identity(info):
-            return info, known
-        with open(path, "rb") as file:
-            info = os.fstat(file.fileno())
-            head = read_head(file)
-        if head.id != identifier:
-            raise SnapshotError(f"snapshot “{identifier}” says of itself that it is “{printable(head.id)}”")
-        return info, index.remembered(info, head)
-
-    def _all_noted(self, found: Mapping[str, index.Remembered]) -> Iterator[Head]:
-        kinds = ("verified", "pins", "damaged")
-        if len(found) < MANY:
-            # Listing all notes of a large fleet for each of its agents would take the square of its size.
-            verified, pinned, damaged = (
-                {i for i in found if self._notes.at(kind, i) is not None} for kind in kinds
-            )
-        else:
-            verified, pinned, damaged = (set(self._notes.keys(kind)) for kind in kinds)
-        for identifier, one in found.items():
-            at = self._notes.at("verified", identifier) if identifier in verified else None
-            yield one.head(
-                # A snapshot is read back before it gets its name: its making is its first verification.
-                verified_at=one.values["created_at"] if at is None else at,
-                pinned=identifier in pinned,
-                damaged=identifier in damaged,
-            )
+        marks = self._notes.marks(found)
+        heads = [one.head(**marks.of(i, one.values["created_at"])) for i, one in found.items()]
+        return sorted(heads, key=lambda head: head.sort_key), unreadable
 
     def get(self, identifier: str) -> Manifest:
         """Return one snapshot with its entries. Raises NotFound, or SnapshotError if its manifest is broken."""
@@ -221,14 +189,7 @@ class Repository:
         return frozenset((pair[1], pair[0]) for pair in pairs if len(pair) == 2)
 
     def _noted(self, head: AnyHead) -> AnyHead:
-        # A snapshot is read back before it gets its name: its making is its first verification.
-        verified = self._notes.at("verified", head.id)
-        return replace(
-            head,
-            verified_at=head.created_at if verified is None else verified,
-            pinned=self._notes.at("pins", head.id) is not None,
-            damaged=self._notes.at("damaged", head.id) is not None,
-        )
+        return replace(head, **self._notes.marks([head.id]).of(head.id, head.created_at))
 
     # -- locks --------------------------------------------------------------------------------------------------------
 

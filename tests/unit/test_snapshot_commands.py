@@ -257,12 +257,12 @@ def test_verify_heals_what_has_a_sound_copy(shell: Shell) -> None:
 def test_a_long_list_says_the_same_as_a_short_one_in_plain_columns(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backup_worker.cli import snapshots
+    from backup_worker.cli import _list
 
     shell.run("backup", "--tier", "weekly")
     made = [row["id"] for row in shell.json("list")]
     shell.run("pin", made[1])
-    monkeypatch.setattr(snapshots, "LONG", 1)
+    monkeypatch.setattr(_list, "LONG", 1)
     _, out, _ = shell.run("list")
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["snapshot", *made]

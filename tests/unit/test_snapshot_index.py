@@ -41,13 +41,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 def manifests_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the manifests of which the head was read from the disk."""
     found: list[str] = []
-    original = repository.read_head
+    original = index.read_head
 
     def reading(file: object) -> Head:
         found.append(file.name)  # type: ignore[attr-defined]
         return original(file)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(repository, "read_head", reading)
+    monkeypatch.setattr(index, "read_head", reading)
     yield found
 
 

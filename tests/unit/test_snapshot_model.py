@@ -211,7 +211,7 @@ def test_any_order_of_what_can_happen_keeps_the_promises(monkeypatch: pytest.Mon
     monkeypatch.setattr(index, "SETTLED_S", -1e9)
     life = Life.TestCase
     life.settings = settings(
-        max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
     )
     life().runTest()
 

@@ -38,10 +38,18 @@ def test_the_documented_rq_info_shows_the_queues_and_unpickles_nothing(
     client = valkey.client()
     client.sadd("rq:queues", "rq:queue:backup")
     client.rpush("rq:queue:backup", "bad")
-    planted = {"data": zlib.compress(pickled), "meta": pickled, "result": pickled, "origin": "backup", "status": "queued"}
+    planted = {
+        "data": zlib.compress(pickled),
+        "meta": pickled,
+        "result": pickled,
+        "origin": "backup",
+        "status": "queued",
+    }
     client.hset("rq:job:bad", mapping=planted)
     client.sadd("rq:workers", "rq:worker:one")
-    client.hset("rq:worker:one", mapping={"queues": "backup", "state": "busy", "current_job": "bad", "pid": "1"})
+    client.hset(
+        "rq:worker:one", mapping={"queues": "backup", "state": "busy", "current_job": "bad", "pid": "1"}
+    )
     [line] = re.findall(r"^(RQ_REDIS_URL=.* rq info)$", DOCUMENT.read_text(), re.MULTILINE)
     told = subprocess.run(
         ["sh", "-c", line], env={**os.environ, "REDIS_URL": valkey.url, "PATH": _path()},

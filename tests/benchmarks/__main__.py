@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.benchmarks import bus, console, ends, engine, parts, peers, recovery
+from tests.benchmarks import bus, console, ends, engine, parts, peers, per_file, recovery
 from tests.benchmarks.measure import Settings, Table, machine, remove
 
 BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
     "medium": engine.medium,
     "large": engine.large,
     "growth": engine.growth,
+    "per-file": per_file.costs,
     "startup": engine.startup,
     "publish": bus.publish,
     "route": bus.route,

@@ -33,6 +33,9 @@ INFO_S: Final = 7 * 86400.0
 MOST_WINDOWS: Final = 6
 """For how many windows at most something is held back, so that more of its kind comes into the same message."""
 
+ONCE_LASTS_S: Final = 86400.0
+"""After how long a message of the clock, such as a digest, that could not be delivered is no longer tried."""
+
 FIRST_RETRY_S: Final = 30.0
 LONGEST_RETRY_S: Final = 900.0
 
@@ -153,7 +156,11 @@ class _Planning:
         if wanted is None:
             return
         due = self._due_at(alert)
-        if alert.severity == "info" and alert.rounds:
+        once = kinds.of(alert.key).once
+        if once and (not wanted or self.now - alert.opened_at > ONCE_LASTS_S):
+            # Nobody wants it, or it is out of date: that it did not arrive is on the record.
+            self.changes.append((alert, None))
+        elif alert.severity == "info" and alert.rounds:
             # A notice that was told is only remembered.
             self._at(due, alert, None)
         elif not wanted:
@@ -163,8 +170,7 @@ class _Planning:
                 why = NOBODY if not self.receivers else f"no receiver takes what is {alert.severity}"
                 self.unheard.append((alert, why))
         elif all(id_of(one) in alert.told for one in wanted):
-            over = alert.is_resolved or kinds.of(alert.key).once
-            self.changes.append((alert, None if over else self._next_round(alert)))
+            self.changes.append((alert, None if alert.is_resolved or once else self._next_round(alert)))
         else:
             for receiver in wanted:
                 if id_of(receiver) not in alert.told:

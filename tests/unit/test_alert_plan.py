@@ -214,6 +214,21 @@ def test_a_test_page_goes_to_everybody_and_a_digest_is_a_message_of_its_own(hist
     assert [one.key for one in book.open_alerts(desk.client)] == ["healed/x"]
 
 
+def test_a_digest_that_nobody_takes_or_that_is_out_of_date_is_dropped(history: History) -> None:
+    pager = Receiver(url="pager://", min_severity="critical")
+    desk = Desk(history, pager, group_s=0)
+    desk.raise_("digest/monday", 0, "info")
+    desk.deliver(0)
+    assert book.open_alerts(desk.client) == []
+    desk.receivers = (PHONE,)
+    desk.phone.broken = {"phone://"}
+    for day in range(3):
+        desk.raise_(f"digest/{day}", day * 24 * HOUR, "info")
+        assert desk.deliver(day * 24 * HOUR) == []
+    desk.phone.broken.clear()
+    assert desk.deliver(50 * HOUR) == ["phone [digest] digest/2"]
+
+
 # -- receivers that fail -----------------------------------------------------------------------------------------
 
 
@@ -221,7 +236,7 @@ def test_a_receiver_that_is_down_is_tried_at_once_when_something_critical_is_new
     desk = Desk(history, group_s=5)
     desk.phone.broken = {"phone://"}
     desk.raise_("space", 0, "warning")
-    for now in range(3000):
+    for now in range(0, 3000, 30):
         desk.deliver(now)
     desk.phone.broken.clear()
     (state,) = receiver_states(desk.client).values()
@@ -356,7 +371,7 @@ actions = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(actions=actions)
 def test_whatever_happens_everybody_is_told_in_the_end_and_nothing_is_sent_for_ever(
     actions: list[tuple[str, str, str, float]], tmp_path_factory: Any

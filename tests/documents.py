@@ -62,7 +62,7 @@ def anchors(path: Path) -> set[str]:
 def links(path: Path) -> list[str]:
     """Return the targets of a document's links and images, without those in code."""
     text = re.sub(r"`[^`\n]*`", "", prose(path))
-    return re.findall(r"\]\(([^)\s]+)\)", text)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'\b(?:src|srcset|href)="([^"]+)"', text)
 
 
 def sections(path: Path, level: int) -> dict[str, str]:

@@ -5,7 +5,7 @@ Each task may run at any time, twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from backup_worker import (
@@ -61,20 +61,9 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
     record_watch.write_kept(runtime, now)
     heads = runtime.repository.snapshots()
     overdue = missing_backups(runtime, now, heads)
-    config = runtime.config
-    for tier_name, tier in config.schedule.tiers.items():
-        if tier.cron is None:
-            continue
-        for agent in config.agents:
-            key = f"missing/{tier_name}/{agent}"
-            late = overdue.get((tier_name, agent))
-            if late is None:
-                runtime.resolve(key)
-            else:
-                title = f"{tier_name} backup of {agent} is missing"
-                runtime.alert(
-                    key, "critical", title, f"slot {late.slot} was due and is not there", agent=agent
-                )
+    for (tier, agent), late in overdue.items():
+        title, body = f"{tier} backup of {agent} is missing", f"slot {late.slot} was due and is not there"
+        runtime.alert(f"missing/{tier}/{agent}", "critical", title, body, agent=agent)
     result = {
         "overdue": [f"{tier}/{agent}" for tier, agent in overdue],
         "unverified": scrubbing.tell_of_overdue(runtime, heads, now),
@@ -86,7 +75,7 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
     if pings.due(runtime, heads, now):
         # By a job of its own: a switch that does not answer must not hold up this look.
         streams.append(runtime.redis, due.MaintenanceDue(pings.TASK))
-    _forget_removed_agents(runtime)
+    _let_go(runtime, overdue)
     # While nobody dies, nobody else looks whether a pause is over.
     RecoveryService(runtime).end_pause_in_time()
     waiting_s = oldest_waiting(runtime, now)
@@ -100,15 +89,14 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
     return result
 
 
-def _forget_removed_agents(runtime: Runtime) -> None:
-    """Close what the regular looks have opened about agents and tiers that are no longer configured."""
-    config = runtime.config
+def _let_go(runtime: Runtime, overdue: Mapping[tuple[str, str], schedule.Due]) -> None:
+    """Close what is no longer missing, and what was opened about agents that are no longer configured."""
     for alert in alerts.open_alerts(runtime.redis):
         kind, *names = alert.key.split("/")
-        if kind in ("missing", "drill", "drill-overdue"):
-            known_tier = kind != "missing" or names[0] in config.schedule.tiers
-            if names[-1] not in config.agents or not known_tier:
-                runtime.resolve(alert.key)
+        if kind == "missing" and tuple(names) not in overdue:
+            runtime.resolve(alert.key)
+        if kind in ("drill", "drill-overdue") and names[-1] not in runtime.config.agents:
+            runtime.resolve(alert.key)
 
 
 def _tell_of_dead_letters(runtime: Runtime) -> int:

@@ -87,6 +87,8 @@ _RULES: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_OWN_DATA} {_RQ_SIGNALS} ~rq:* ~backup:*",
         f"({_LOOK} %R~em:*)",
         f"({_APPEND_ONCE} ~em:config-change ~em:due)",
+        "(+eval +evalsha +xrange +xadd +xdel ~em:dead-letter ~em:config-change ~em:due)",
+        "(+memory|usage ~em:*)",
     ),
     "operator": (f"{_OWN_DATA} ~em:* ~rq:* ~backup:* &rq:pubsub:*",),
 }

@@ -79,7 +79,7 @@ _TABLE: Final = (
     Kind("mass-silence", "critical", "much of the fleet fell silent at once",
          "no recovery is going on any more", "backup-worker incidents", by_name_only=True),
     Kind("dead-letter", "warning", "events could not be handled",
-         "the entry is dropped, or trimmed from the stream", "em-bridge lag"),
+         "the entry is retried, dropped, or trimmed from the stream", "backup-worker dead-letters list"),
     Kind("lag", "critical", "events wait and nobody takes them",
          "the oldest event has waited for less than a minute", "em-bridge lag"),
     Kind("stuck", "critical", "messages wait and the EM does not route them",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ class _Replacing:
                     parent.remove(self.kept.name)
             raise
         root = self.plan.by_path.get(".")
-        if workshop.inside and root is not None:
+        if root is not None and (workshop.inside or not root.mode & 0o200):
             os.chmod(self.target, root.mode)
             os.utime(self.target, ns=(root.mtime_ns, root.mtime_ns))
         return self.kept
@@ -140,8 +140,13 @@ class _Replacing:
                         self.kept = yield from keeping(
                             self.plan.agent, self.target, self.evidence, also=blocked
                         )
-                undressed = [*entries, *folders]
                 privileged = os.geteuid() == 0
+                # Who is not root may not move a folder that may not be written: the root gets that mode in its place.
+                undressed = [
+                    entry if privileged or entry.path != "." or workshop.inside
+                    else replace(entry, mode=entry.mode | 0o200)
+                    for entry in (*entries, *folders)
+                ]  # fmt: skip
                 dress(staged, (entry for entry in undressed if stays_readable(entry, privileged)))
                 yield Sync(staged.fd, weight=len(self.plan.pieces) + self.plan.bytes // 32768)
                 self._prove(staged)

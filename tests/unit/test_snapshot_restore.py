@@ -304,6 +304,22 @@ def test_read_only_folders_and_secret_files_come_back() -> None:
         (place.root / "memory/locked").chmod(0o700)
 
 
+def test_a_root_that_may_not_be_written_comes_back_as_it_was() -> None:
+    with without_privileges() as base:
+        place = Place(base).fill()
+        place.root.chmod(0o500)
+        place.take()
+        place.root.chmod(0o700)
+        place.write("SOUL.md", "ruined")
+        for target in (place.root, base / "elsewhere"):
+            plan = plan_restore(place.repo, place.agent)
+            execute(plan, target, evidence=base / "evidence" / "e", now=NOON)
+            assert content_of(target)["SOUL.md"] != b"ruined"
+            assert target.stat().st_mode & 0o777 == 0o500
+            assert not [name for name in os.listdir(target.parent) if name.startswith(".")]
+            target.chmod(0o700)
+
+
 def test_read_only_folders_can_be_moved_inside_a_mount_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swap, "choose", swap.inside)
     with without_privileges() as base:

@@ -134,7 +134,7 @@ def history_page() -> str:
     here = view()
     wanted = record.Wanted(*(request.args.get(key, "").strip() for key in ("kind", "agent", "q")))
     found = record.newest(
-        here.config.schedule.history, wanted, count=LINES_A_PAGE, before=request.args.get("before", None, int)
+        here.runtime.history.files(), wanted, count=LINES_A_PAGE, before=request.args.get("before", "")
     )
     report = here.runtime.history.verify() if request.args.get("verify") and _has_history() else None
     return render_template(
@@ -144,8 +144,9 @@ def history_page() -> str:
 
 
 KINDS = (
-    "action", "agent-state", "alert", "alert-delivery", "alert-resolved", "backup", "change", "config", "job-failed",
-    "ping", "prune", "recovery", "restore", "silence", "silence-ended", "verify",
+    "action", "agent-state", "alert", "alert-delivery", "alert-resolved", "backup", "backup-failed", "change", "config",
+    "dead-letter", "drill", "job-failed", "prune", "recovery", "recovery-paused", "recovery-resumed", "restore",
+    "revert", "silence", "verify",
 )  # fmt: skip
 
 

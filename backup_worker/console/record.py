@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ MAX_BYTES = 6 << 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Lines of the record, the newest first; `older` is where the next page begins, None at the beginning."""
+    """Lines of the record, the newest first; `older` is where the next page begins, empty at the beginning."""
 
     lines: tuple[dict[str, Any], ...]
-    older: int | None
+    older: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +54,44 @@ class Wanted:
         return None
 
 
-def newest(path: Path, wanted: Wanted, *, count: int, before: int | None = None) -> Found:
-    """Return up to `count` wanted lines that end at `before` (a place in the file; default: its end)."""
+def newest(files: Sequence[Path], wanted: Wanted, *, count: int, before: str = "") -> Found:
+    """Return up to `count` wanted lines of `files` (oldest first) before a place that an earlier answer named.
+
+    A place is `<name of a file>:<bytes>`; one that is none means the end.
+    """
+    name, _, offset = before.rpartition(":")
+    known = {path.name: index for index, path in enumerate(files)}
+    index, end = (known[name], int(offset)) if name in known and offset.isdigit() else (len(files) - 1, None)
+    lines: list[dict[str, Any]] = []
+    left = MAX_BYTES
+    while index >= 0 and left > 0 and len(lines) < count:
+        found, begin, read = _in_file(files[index], wanted, count - len(lines), end, left)
+        lines += found
+        left -= read
+        if begin:
+            return Found(tuple(lines), f"{files[index].name}:{begin}")
+        index, end = index - 1, None
+    return Found(tuple(lines), f"{files[index].name}:{files[index].stat().st_size}" if index >= 0 else "")
+
+
+def _in_file(
+    path: Path, wanted: Wanted, count: int, end: int | None, most: int
+) -> tuple[list[dict[str, Any]], int, int]:
+    """Return wanted lines of one file, where they begin (0: nothing is before them), and how many bytes were read."""
     lines: list[dict[str, Any]] = []
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            end = size if before is None else max(0, min(before, size))
-            start = end
-            for start, raw in _backwards(file, end):
+            begin = stop = size if end is None else min(end, size)
+            for begin, raw in _backwards(file, stop):
                 line = wanted.line(raw)
                 if line is not None:
                     lines.append(line)
-                if len(lines) == count or end - start >= MAX_BYTES:
+                if len(lines) == count or stop - begin >= most:
                     break
     except FileNotFoundError:
-        return Found((), None)
-    return Found(tuple(lines), start or None)
+        return [], 0, 0
+    return lines, begin, stop - begin
 
 
 def _backwards(file: Any, end: int) -> Iterator[tuple[int, bytes]]:

@@ -247,6 +247,10 @@ class History:
             return Report(False, last.seq, where, problem, last.hash, unproven(noted, last), None, noted)
         return Report(True, last.seq, None, None, last.hash, unproven(noted, last), None, noted)
 
+    def files(self) -> list[Path]:
+        """Return the record's files that may be there, the oldest first."""
+        return [*self._put_aside(), self.path]
+
     def _put_aside(self) -> list[Path]:
         """Return the files that were put aside, oldest first."""
         pattern = re.compile(rf"{re.escape(self.path.stem)}\.(\d+){re.escape(self.path.suffix)}")

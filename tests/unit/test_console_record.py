@@ -22,14 +22,18 @@ def path(tmp_path: Path) -> Path:
     return history.path
 
 
+def files(path: Path) -> list[Path]:
+    return History(path).files()
+
+
 def walk(path: Path, wanted: Wanted, count: int) -> list[int]:
     """Return the numbers of all lines, page after page."""
     seen: list[int] = []
-    before: int | None = None
+    before = ""
     for _ in range(10_000):
-        found = newest(path, wanted, count=count, before=before)
+        found = newest(files(path), wanted, count=count, before=before)
         seen += [line["seq"] for line in found.lines]
-        if found.older is None:
+        if not found.older:
             return seen
         before = found.older
     raise AssertionError("it does not come to an end")
@@ -75,9 +79,9 @@ def test_a_search_that_finds_nothing_ends_soon_and_can_be_gone_on_with(
 ) -> None:
     monkeypatch.setattr(record, "MAX_BYTES", 5000)
     monkeypatch.setattr(record, "BLOCK_BYTES", 500)
-    found = newest(path, Wanted(text="not there"), count=10)
+    found = newest([path], Wanted(text="not there"), count=10)
     assert found.lines == ()
-    assert found.older is not None
+    assert found.older
     assert walk(path, Wanted(text="not there"), 10) == []
     assert walk(path, Wanted(kind="alert"), 10)[-1] == 1
 
@@ -85,5 +89,24 @@ def test_a_search_that_finds_nothing_ends_soon_and_can_be_gone_on_with(
 def test_what_is_no_line_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     path.write_bytes(b'\xff\xfe\n[]\n{"seq": 1, "kind": "x"}\n\n{"kind": "no number"}\n{"seq": 2, "ki')
-    assert [line["seq"] for line in newest(path, Wanted(), count=9).lines] == [1]
-    assert newest(tmp_path / "nothing", Wanted(), count=9) == record.Found((), None)
+    assert [line["seq"] for line in newest([path], Wanted(), count=9).lines] == [1]
+    assert newest([tmp_path / "nothing"], Wanted(), count=9) == record.Found((), "")
+
+
+@pytest.mark.parametrize("count", [1, 9, 50, 1000])
+def test_a_record_of_several_files_is_one(tmp_path: Path, count: int) -> None:
+    history = History(tmp_path / "history.jsonl", max_bytes=4000)
+    for number in range(60):
+        history.append("alert" if number % 3 else "backup", now=float(number), agent="z", text="x" * 100)
+    assert len(history.files()) > 3
+    assert walk(history.path, Wanted(), count) == list(range(60, 0, -1))
+    assert walk(history.path, Wanted(kind="backup"), count) == [
+        n + 1 for n in range(59, -1, -1) if n % 3 == 0
+    ]
+
+
+@pytest.mark.parametrize(
+    "before", ["x", "history.jsonl:x", "../../etc/passwd:9", ":5", "history.jsonl:999999999"]
+)
+def test_a_place_that_is_none_means_the_end(path: Path, before: str) -> None:
+    assert newest([path], Wanted(), count=1, before=before).lines[0]["seq"] == 300

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,12 @@ class Facts:
     snapshots: Sequence[Head] | None = ()
     running: Sequence[str] | None = ()
     """Its processes; None if it is not known whether it runs."""
+    ended: str = ""
+    """How its last process has ended: exit code or signal."""
+    dependents: Sequence[str] = ()
+    """Agents that are dead too, and wait for this one."""
+    config: Path | None = None
+    """The folder of the configuration, for the commands."""
     repository: Path = Path("/")
     final: bool = True
     """False while the recovery goes on: a critical agent's first failure."""
@@ -101,6 +108,9 @@ def as_json(facts: Facts, host: dict[str, Any]) -> dict[str, Any]:
         "why": facts.reason,
         "tried": list(incident.tried),
         "running": None if facts.running is None else list(facts.running),
+        "ended": facts.ended or None,
+        "held_dependents": list(facts.dependents),
+        "commands": list(_choices(facts)),
         "snapshots": None
         if facts.snapshots is None
         else [
@@ -144,13 +154,13 @@ def report(facts: Facts, host: dict[str, Any]) -> str:
     return "\n".join(
         itertools.chain(
             _summary(facts, host),
+            _section("How to go on by hand", _commands(facts)),
             _section("What was done", (_step(facts, step) for step in incident.steps)),
             _section("The snapshots, and why it does not live on them", _snapshots(facts)),
             _section("Last heartbeats", _beats(facts)),
             _section(
                 "Last log lines", [f"    {line}" for line in facts.log_lines] or ["The agent wrote nothing."]
             ),
-            _section("How to go on by hand", _commands(incident.agent)),
             _section("Approved changes that the last restored state does not hold", _missed(incident)),
             _section("What stood in its root before each restore", _evidence(incident)),
         )
@@ -173,7 +183,8 @@ def _summary(facts: Facts, host: dict[str, Any]) -> list[str]:
         "",
         f"**Why:** {facts.reason}",
         "",
-        f"- {_runs(facts.running)}",
+        f"- {_runs(facts.running)}" + (f" Its last process: {facts.ended}." if facts.ended else ""),
+        *([f"- **Held until it lives:** {', '.join(facts.dependents)}."] if facts.dependents else []),
         f"- Its files are {_files_now(incident)}.",
         f"- Incident `{incident.id}`, opened {facts.time(incident.opened_at)}, "
         f"{'given up' if facts.final else 'and going on at'} {facts.time(facts.now)}.",
@@ -224,16 +235,42 @@ def _beats(facts: Facts) -> list[str]:
     return lines or ["None in the last hour."]
 
 
-def _commands(agent: str) -> list[str]:
-    commands = {
-        f"backup-worker list --agent {agent}": "which states there are",
-        "backup-worker show ID": "what is wrong with one",
-        f"backup-worker restore {agent} --from ID --dry-run": "what it would change",
-        f"backup-worker restore {agent} --from ID": "lay down a state of your choice",
-        f"backup-worker recover {agent} --wait": "try again, now that something has changed",
-    }
+def _choices(facts: Facts) -> dict[str, str]:
+    """Return command -> what it is for, with the snapshots of this very case; the first ones change nothing."""
+    agent = facts.incident.agent
+    commands = (
+        {f"backup-worker ack {facts.incident.id}": "you have seen it: no further page"} if facts.final else {}
+    )
+    unused = [head for head in facts.snapshots or () if head.id not in facts.incident.tried]
+    for head in unused[:PROBLEMS_SHOWN]:
+        word = (
+            "damaged: what is damaged, and can it be healed"
+            if head.damaged
+            else f"{head.status}: what is wrong"
+        )
+        verb = "verify" if head.damaged else "show"
+        commands[f"backup-worker {verb} {head.id}"] = word
+    sound = [head for head in unused if not head.damaged]
+    usable = next((head for head in sound if head.is_good), None) or next(iter(sound), None)
+    commands[f"backup-worker bisect {agent}"] = (
+        "which change has killed it (add --for 10 without a health command)"
+    )
+    if usable is not None:
+        commands[f"backup-worker restore {agent} --from {usable.id} --dry-run"] = (
+            "what that state would change"
+        )
+        commands[f"backup-worker restore {agent} --from {usable.id}"] = (
+            "lay it down; what stands there is kept"
+        )
+    commands[f"backup-worker recover {agent} --wait"] = "try again from the newest good state"
+    return commands
+
+
+def _commands(facts: Facts) -> list[str]:
+    commands = _choices(facts)
     width = max(map(len, commands))
-    return [f"    {command:<{width}}   # {purpose}" for command, purpose in commands.items()]
+    where = [f"    export BACKUP_CONFIG={shlex.quote(str(facts.config))}"] if facts.config is not None else []
+    return where + [f"    {command:<{width}}   # {purpose}" for command, purpose in commands.items()]
 
 
 def _missed(incident: Incident) -> list[str]:

@@ -87,5 +87,7 @@ class Ledger:
         return heartbeats.read(self.client, heartbeats.Beats(cursor=mark), only=agents)
 
     def _last_words(self, agent: str) -> str:
-        lines = self.adapter_of(agent).log_lines(3)
-        return " / ".join(lines) if lines else "it wrote nothing"
+        adapter = self.adapter_of(agent)
+        lines = adapter.log_lines(3)
+        said = " / ".join(lines) if lines else "it wrote nothing"
+        return ": ".join(filter(None, [adapter.last_end(), said]))

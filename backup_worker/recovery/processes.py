@@ -23,13 +23,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from backup_worker.recovery import proc
+from backup_worker.recovery import launch, proc
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError
 
 TERM_GRACE_S = 5.0
 KILL_GRACE_S = 5.0
 LOG_LIMIT_BYTES = 10 * 1024 * 1024
+WATCHED_S = 900
+"""For how long after its start it is noted how a process ends: as long as its recovery may depend on it."""
+
+_launchers: list[subprocess.Popen[bytes]] = []
 
 
 class FenceFailed(AgentBackupError):
@@ -61,6 +65,11 @@ class Agent:
     def record_file(self) -> Path | None:
         """Where `start` notes which process it started."""
         return self.state / "run" / f"{self.name}.json" if self.state else None
+
+    @property
+    def end_file(self) -> Path | None:
+        """Where it is noted how that process has ended."""
+        return self.state / "run" / f"{self.name}.end" if self.state else None
 
     @property
     def log_file(self) -> Path | None:
@@ -280,27 +289,75 @@ def start(agent: Agent, *, redis_url: str, extra_env: Mapping[str, str] | None =
         **(extra_env or {}),
     }
     program = shutil.which(agent.command[0], path=path) or agent.command[0]
-    output = _open_log(agent)
     try:
-        process = subprocess.Popen(
-            [program, *agent.command[1:]],
-            cwd=agent.root,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        pid = _launch(agent, [program, *agent.command[1:]], environment)
     except OSError as error:
         raise AgentBackupError(
             f"cannot start agent “{agent.name}” with “{' '.join(agent.command)}” in “{agent.root}”: "
             f"{(error.strerror or str(error)).lower()}",
             hint="check `start` and `root` of the agent in agents.json",
         ) from error
+    _write_record(agent, pid, token)
+    return pid
+
+
+def _launch(agent: Agent, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Start a program by way of `launch`, which stays to see how it ends; raises OSError."""
+    if agent.end_file is not None:
+        agent.end_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        agent.end_file.unlink(missing_ok=True)
+    words = [str(agent.end_file or ""), str(WATCHED_S), str(len(arguments)), *arguments]
+    words += [f"{name}={value}" for name, value in environment.items()]
+    output = _open_log(agent)
+    try:
+        launcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", launch.__file__],
+            cwd=agent.root,
+            env={},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            start_new_session=True,
+        )
     finally:
         os.close(output)
-    _write_record(agent, process.pid, token)
-    return process.pid
+    assert launcher.stdin is not None
+    assert launcher.stdout is not None
+    with launcher.stdin, launcher.stdout:
+        launcher.stdin.write(b"".join(os.fsencode(word) + b"\0" for word in words))
+        launcher.stdin.close()
+        answer = launcher.stdout.readline().split()
+    _launchers.append(launcher)
+    # Those that have gone meanwhile are no zombies of ours any longer.
+    _launchers[:] = [one for one in _launchers if one.poll() is None]
+    if len(answer) == 1:
+        return int(answer[0])
+    raise OSError(int(answer[1]), os.strerror(int(answer[1]))) if answer else OSError("nothing was started")
+
+
+def last_end(agent: Agent) -> str:
+    """Return how the process that `start` started last has ended, or nothing if that is not known."""
+    record = read_record(agent)
+    try:
+        text = agent.end_file.read_text() if agent.end_file is not None else ""
+        pid, status = map(int, text.split())
+    except (OSError, ValueError):
+        return ""
+    return described(status) if record is not None and record.pid == pid else ""
+
+
+def described(status: int) -> str:
+    """Return what a wait status says."""
+    if os.WIFSIGNALED(status):
+        return signalled(os.WTERMSIG(status))
+    return f"exit code {os.waitstatus_to_exitcode(status)}"
+
+
+def signalled(number: int) -> str:
+    """Return what it means that a signal has ended a process."""
+    hint = ", as the kernel does when the memory is used up" if number == signal.SIGKILL else ""
+    names = {one.value: one.name for one in signal.Signals}
+    return f"ended by {names.get(number, f'signal {number}')}{hint}"
 
 
 def _open_log(agent: Agent) -> int:

@@ -205,7 +205,7 @@ class RecoveryService:
 
     def _facts(self, incident: Incident, escalation: Escalation) -> evidence.Facts:
         schedule = self.runtime.config.schedule
-        log_lines, running = self._of_the_process(incident.agent)
+        log_lines, running, ended = self._of_the_process(incident.agent)
         try:
             heads = self.runtime.repository.snapshots(incident.agent)
             snapshots = sorted(heads, key=lambda head: head.created_at, reverse=True)
@@ -221,20 +221,30 @@ class RecoveryService:
             log_lines=log_lines,
             snapshots=snapshots,
             running=running,
+            ended=ended,
+            config=self.runtime.config.directory,
+            dependents=self._waiting_for(incident.agent),
             repository=schedule.repository,
             final=escalation.final,
         )
 
-    def _of_the_process(self, agent: str) -> tuple[list[str], list[str] | None]:
-        """Return the agent's last log lines and its processes; None if nobody can say which there are."""
+    def _waiting_for(self, agent: str) -> list[str]:
+        """Return the agents that are dead too, and wait for this one."""
+        agents = self.runtime.config.agents
+        return sorted(
+            one for one in self.store.open_ids() if one in agents and agent in agents[one].depends_on
+        )
+
+    def _of_the_process(self, agent: str) -> tuple[list[str], list[str] | None, str]:
+        """Return the agent's last log lines, its processes (None if nobody can say), and how the last one ended."""
         if agent not in self.runtime.config.agents:
-            return [], []
+            return [], [], ""
         try:
             adapter = self._machine().adapter_of(agent)
-            return adapter.log_lines(), [str(one) for one in adapter.running()]
+            return adapter.log_lines(), [str(one) for one in adapter.running()], adapter.last_end()
         except (AgentBackupError, OSError) as error:
             log.error("the process of %s cannot be looked at: %s", agent, error)
-            return [], None
+            return [], None, ""
 
     def _recent_beats(self, agent: str) -> list[tuple[str, str]]:
         client = self.runtime.redis

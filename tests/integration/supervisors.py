@@ -180,18 +180,35 @@ if verb == "show":
     (group / "cgroup.procs").write_text("".join(f"{one.pid}\\n" for one in inside))
     print("LoadState=loaded", f"ActiveState={state}", "SubState=running", sep="\\n")
     print(f"MainPID={main[0].pid if main else 0}", f"ControlGroup=/system.slice/{unit}", sep="\\n")
+    status = facts.get("status")
+    print(f"ExecMainCode={0 if status is None else 1 if status >= 0 else 2}")
+    print(f"ExecMainStatus={abs(status or 0)}")
 elif verb == "start":
     facts |= {"stopping": False, "invocation": os.urandom(8).hex()}
     log = open(units / (unit + ".log"), "ab")
     env = {**os.environ, **facts["env"], "INVOCATION_ID": facts["invocation"]}
-    try:
-        child = subprocess.Popen(facts["command"], cwd=facts["root"], env=env, stdout=log, stderr=log, stdin=-3,
-                                 start_new_session=True)
-        facts["pid"] = child.pid
-    except OSError as error:
-        log.write(str(error).encode())
-        facts["pid"] = 0
-    keep()
+    facts.pop("status", None)
+    started, told = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        try:
+            child = subprocess.Popen(facts["command"], cwd=facts["root"], env=env, stdout=log, stderr=log, stdin=-3,
+                                     start_new_session=True)
+            facts["pid"] = child.pid
+        except OSError as error:
+            log.write(str(error).encode())
+            facts["pid"] = 0
+        keep()
+        os.close(told)
+        if facts["pid"]:
+            status = child.wait()
+            facts = json.loads(file.read_text()) | {"status": status}
+            keep()
+        os._exit(0)
+    os.close(told)
+    os.read(started, 1)
 elif verb == "stop":
     facts["stopping"] = True
     keep()

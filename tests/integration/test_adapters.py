@@ -164,6 +164,18 @@ def test_its_last_words_are_kept(kept: Kept) -> None:
     assert adapter.log_lines() == ["first", "out", "err"]
 
 
+def test_it_is_told_how_the_last_process_has_ended(kept: Kept) -> None:
+    adapter = kept.adapter(
+        READY + "ready()\nwhile not os.path.exists('end'): time.sleep(0.02)\nraise SystemExit(3)"
+    )
+    kept.start(adapter)
+    assert adapter.last_end() == "", "it has not ended"
+    (kept.root / "end").touch()
+    wait_for(lambda: adapter.last_end() != "", "the word of its end")
+    assert adapter.last_end().startswith("exit code 3")
+    adapter.stop(term_grace_s=1)
+
+
 def test_a_program_that_does_not_exist_is_an_error_or_never_runs(kept: Kept) -> None:
     adapter = kept.adapter(SLEEPER, "/no/such/program")
     with pytest.raises(AgentBackupError) as caught:

@@ -77,16 +77,34 @@ def test_a_stopped_process_is_continued_so_that_it_can_obey(place: Place) -> Non
 
 def test_a_zombie_is_not_alive(place: Place) -> None:
     agent = place.agent()
-    by_hand = place.by_hand(*agent.command, cwd=agent.root).pid
-    ours = place.start(agent)
-    for pid in (by_hand, ours):
-        os.kill(pid, signal.SIGKILL)
-    wait_for(
-        lambda: all(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in (by_hand, ours)),
-        "two zombies",
-    )
+    pid = place.by_hand(*agent.command, cwd=agent.root).pid
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "a zombie")
     assert processes.find_agent(agent) == []
     assert processes.fence(agent) == []
+
+
+@pytest.mark.parametrize(
+    ("program", "ended"),
+    [
+        ("raise SystemExit(7)", "exit code 7"),
+        ("pass", "exit code 0"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "ended by SIGKILL, as the kernel does when the memory is used up",
+        ),
+    ],
+)
+def test_it_is_known_how_a_process_has_ended(place: Place, program: str, ended: str) -> None:
+    agent = place.agent(READY + "ready(); " + program)
+    place.start(agent)
+    wait_for(lambda: processes.last_end(agent) != "", "its end")
+    assert processes.last_end(agent) == ended
+    agent = place.agent()
+    pid = place.start(agent)
+    assert processes.last_end(agent) == "", "that of an earlier process says nothing about this one"
+    assert psutil.Process(pid).ppid() != os.getpid()
+    assert pids_of(agent) == {pid}, "who watches it is not taken for it"
 
 
 def test_grandchildren_in_sessions_of_their_own_end_too(place: Place) -> None:

@@ -48,6 +48,9 @@ class Adapter(Protocol):
     def log_lines(self, count: int = 50) -> list[str]:
         """Return the last lines that it wrote, or nothing if they cannot be had."""
 
+    def last_end(self) -> str:
+        """Return how its last process has ended (exit code, signal), or nothing if that is not known."""
+
     def describe(self) -> str:
         """Return who runs it and as what, for the record."""
 

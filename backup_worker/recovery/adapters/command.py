@@ -35,6 +35,10 @@ class CommandAdapter:
         """Return the last lines of its log file."""
         return processes.last_log_lines(self.agent, count)
 
+    def last_end(self) -> str:
+        """Return its exit code or signal, if it has ended soon after its start."""
+        return processes.last_end(self.agent)
+
     def describe(self) -> str:
         """Return the command line."""
         return " ".join(self.agent.command)

@@ -88,6 +88,18 @@ class DockerAdapter(Supervised):
         """Start it."""
         self._ask("POST", "start", fine=(DONE_ALREADY,))
 
+    def last_end(self) -> str:
+        """Return its exit code, and what Docker says of it."""
+        try:
+            state = self._inspect()["State"]
+        except AdapterError:
+            return ""
+        if state.get("Running") or "ExitCode" not in state:
+            return ""
+        said = [str(state["Error"])] if state.get("Error") else []
+        said += ["its memory was used up"] if state.get("OOMKilled") else []
+        return "; ".join([f"exit code {state['ExitCode']}", *said])
+
     def log_lines(self, count: int = 50) -> list[str]:
         """Return its last lines."""
         try:

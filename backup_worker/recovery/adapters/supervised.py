@@ -73,6 +73,10 @@ class Supervised(ABC):
         """Return the last lines that the supervisor keeps, or nothing."""
 
     @abstractmethod
+    def last_end(self) -> str:
+        """Return how its last process has ended, as the supervisor tells it, or nothing."""
+
+    @abstractmethod
     def describe(self) -> str:
         """Return who runs it and as what."""
 

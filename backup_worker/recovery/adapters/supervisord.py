@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
+from backup_worker.recovery import processes
 from backup_worker.recovery.adapters.local_http import connection_to, without_password
 from backup_worker.recovery.adapters.supervised import ANSWER_WITHIN_S, AdapterError, Supervised, Word
 
@@ -74,6 +75,19 @@ class SupervisordAdapter(Supervised):
     def ask_start(self) -> None:
         """Start it."""
         self._call(lambda rpc: rpc.startProcess(self.program, False), harmless=ALREADY_STARTED)
+
+    def last_end(self) -> str:
+        """Return its exit code, or why it could not be started."""
+        try:
+            info = self._info()
+        except AdapterError:
+            return ""
+        if info["state"] not in (EXITED, FATAL, BACKOFF):
+            return ""
+        code = int(info["exitstatus"])
+        # supervisord gives a signal as a negative number.
+        ended = processes.signalled(-code) if code < 0 else f"exit code {code}"
+        return f"{ended} ({info['spawnerr']})" if info["spawnerr"] else ended
 
     def log_lines(self, count: int = 50) -> list[str]:
         """Return the end of its output, and behind it of its errors if they have a log of their own."""

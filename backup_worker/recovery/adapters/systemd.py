@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from backup_worker.recovery import processes
 from backup_worker.recovery.adapters.supervised import (
     ANSWER_WITHIN_S,
     AdapterError,
@@ -89,6 +90,19 @@ class SystemdAdapter(Supervised):
         """Start it, also if it has failed too often for systemd's own limit."""
         self._systemctl("reset-failed", "--", self.unit, may_fail=True)
         self._systemctl("start", "--no-block", "--", self.unit)
+
+    def last_end(self) -> str:
+        """Return the exit code or signal of its main process, and systemd's own word for it."""
+        lines = self._systemctl(
+            "show", "--property=ExecMainCode,ExecMainStatus,Result", "--", self.unit, may_fail=True
+        )
+        facts = dict(line.split("=", 1) for line in lines.splitlines() if "=" in line)
+        # As `waitid` has them: 1 is an exit, 2 a signal, 3 a signal with a core dump; 0 is none so far.
+        code, status = facts.get("ExecMainCode", "0"), facts.get("ExecMainStatus", "")
+        if code == "0" or not status.isdigit():
+            return ""
+        ended = f"exit code {status}" if code == "1" else processes.signalled(int(status))
+        return f"{ended} ({facts.get('Result', '')})"
 
     def log_lines(self, count: int = 50) -> list[str]:
         """Return its last lines in the journal."""

@@ -50,8 +50,17 @@ def checked(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def digest(line: Mapping[str, Any]) -> str:
     """Return the hash that belongs into `line`: SHA-256 over the canonical form of everything else in it."""
-    content = {key: value for key, value in line.items() if key != "hash"}
-    return hashlib.sha256(canonical(content).encode()).hexdigest()
+    return _digest(_parts(line))
+
+
+def _parts(line: Mapping[str, Any]) -> dict[str, str]:
+    """Return each member of `line` in canonical form, by its key: both the hash and the line are made of these."""
+    return {key: f"{canonical(key)}:{canonical(value)}" for key, value in line.items()}
+
+
+def _digest(parts: Mapping[str, str]) -> str:
+    keys = sorted((key for key in parts if key != "hash"), key=lambda key: key.encode("utf-16-be"))
+    return hashlib.sha256(("{" + ",".join(parts[key] for key in keys) + "}").encode()).hexdigest()
 
 
 def next_line(behind: Link, now: float, kind: str, content: Mapping[str, Any]) -> Line:
@@ -62,9 +71,13 @@ def next_line(behind: Link, now: float, kind: str, content: Mapping[str, Any]) -
 
 def render(line: Mapping[str, Any]) -> bytes:
     """Write a line: number, time and kind first for people who read it, the hashes last, the rest in order."""
-    middle = sorted(key for key in line if key not in _RESERVED)
-    keys = [key for key in (*_FIRST, *middle, *_LAST) if key in line]
-    return ("{" + ",".join(f"{canonical(key)}:{canonical(line[key])}" for key in keys) + "}\n").encode()
+    return _render(_parts(line))
+
+
+def _render(parts: Mapping[str, str]) -> bytes:
+    middle = sorted(key for key in parts if key not in _RESERVED)
+    keys = [key for key in (*_FIRST, *middle, *_LAST) if key in parts]
+    return ("{" + ",".join(parts[key] for key in keys) + "}\n").encode()
 
 
 def parse(raw: bytes) -> Line | None:
@@ -89,7 +102,8 @@ def fault(raw: bytes, behind: Link) -> str | None:
     if line.get("prev") != behind.hash:
         return "the line does not follow the one before it: one of the two was changed, removed or moved"
     try:
-        if line.get("hash") != digest(line) or render(line) != raw:
+        parts = _parts(line)
+        if line.get("hash") != _digest(parts) or _render(parts) != raw:
             return "the line was changed after it was written"
     except (ValueError, OverflowError, RecursionError):
         return "the line holds what the history never writes"

@@ -14,7 +14,6 @@ import json
 import os
 import selectors
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -214,7 +213,7 @@ def _start(
         code = 130
     except BaseException:  # noqa: BLE001 - a fault of ours: said here, because nobody above sees it
         # In one piece: another process may be saying the same.
-        os.write(sys.stderr.fileno(), traceback.format_exc().encode())
+        os.write(2, traceback.format_exc().encode())
     finally:
         # Nothing of the parent's (buffers, exit handlers, tests) may run a second time in here.
         os._exit(code)

@@ -147,6 +147,10 @@ def judge(client: Redis, event: events.ConfigApplied, entry: str, *, rules: Rule
     ruling = Ruling(event.change, tuple(map(changes.clean, event.paths)), approved=False)
     if record is None:
         return replace(ruling, why="there is no record of it")
+    if not ruling.paths:
+        ruling = replace(ruling, paths=record.paths)
+    if not ruling.paths:
+        return replace(ruling, why="it names no path")
     author = record.by if record.proposal else event.by
     if record.proposal:
         ruling = replace(ruling, expected=record.sha256)
@@ -163,6 +167,9 @@ def judge(client: Redis, event: events.ConfigApplied, entry: str, *, rules: Rule
     if rules.need_signature:
         why = "; ".join(record.refused) or "nobody in allowed_signers has approved it"
         return replace(ruling, why=why)
+    expires_at = rules.expires_at(record)
+    if expires_at is not None and streams.entry_time(entry) > expires_at:
+        return replace(ruling, why="the proposal had expired, and nobody had approved it")
     if event.approved_by and not same_person(event.approved_by, author):
         return replace(ruling, approved=True, by=event.approved_by)
     return replace(ruling, why="; ".join(record.refused) or "nobody has approved it")

@@ -167,7 +167,7 @@ def _act(
     found = {path: digest for path, digest in verdict.found.items() if scope.covers(path)}
     key = f"unapproved/{event.change}"
     if not verdict.approved:
-        paths, who = ", ".join(event.paths), event.by or "somebody"
+        paths, who = ", ".join(verdict.ruling.paths) or "something", event.by or "somebody"
         body = f"{paths} of {agent} was changed by {who}, and {verdict.ruling.why}."
         body += f" Put the approved state back: backup-worker revert {agent}"
         runtime.alert(key, "critical", f"unapproved change of {agent}", body, agent=agent)

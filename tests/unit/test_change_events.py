@@ -404,3 +404,25 @@ def test_looks_at_the_same_time_tell_once(house: House) -> None:
     for looker in lookers:
         looker.join()
     assert len(house.fleet.history("unapproved")) == len(house.fleet.snapshots) == 1
+
+
+def test_an_application_that_names_no_path_is_about_all_that_was_proposed(house: House) -> None:
+    house.propose()
+    house.approve()
+    house.write(OTHER)
+    assert house.apply(paths=()).approved is False
+    house.write(NEW)
+    assert house.apply(paths=()).approved is True
+
+
+def test_nobody_s_word_covers_an_application_that_names_nothing(house: House) -> None:
+    house.write(OTHER)
+    assert house.apply(paths=(), approved_by="kari").approved is False
+
+
+def test_the_em_s_word_does_not_revive_an_expired_proposal(house: House) -> None:
+    house.propose()
+    house.now += 15 * 86400
+    house.write(NEW)
+    assert house.apply(approved_by="kari").approved is False
+    assert "expired" in house.fleet.history("change")[-1]["why"]

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _WAKE_MS = 5000
 _DEBOUNCE_MS = 500
+_LOOK_AGAIN_S = 60.0
+"""How often folders that have appeared since are taken in."""
 
 
 class Hints:
@@ -34,9 +36,18 @@ class Hints:
         self._stop = threading.Event()
         self._watched: Mapping[Path, Scope] | None = None
         self._settle_s = 0.0
+        self._config: Config | None = None
+        self._follow_at = 0.0
 
     def follow(self, config: Config) -> None:
-        """Watch the agents of `config` from now on, as far as their folders are on this machine."""
+        """Watch the agents of `config` from now on, as far as their folders are on this machine.
+
+        To be called as often as one likes: the folders are looked for when `config` is another one, and now and then.
+        """
+        now = clock.monotonic()
+        if config is self._config and now < self._follow_at:
+            return
+        self._config, self._follow_at = config, now + _LOOK_AGAIN_S
         watched = {
             agent.root.resolve(): guarded.scope_of(config, name)
             for name, agent in config.agents.items()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from backup_worker.cli import main, snapshots
+from backup_worker.cli import _list, main
 from backup_worker.demo.pager import Pager
 from backup_worker.runtime import Runtime
 from tests.small_fleet import SmallFleet
@@ -207,7 +207,7 @@ def test_a_list_says_when_a_restore_of_each_agent_was_proven(
     command(fleet, "drill", "z")
     out = command(fleet, "list")[1]
     assert re.search(r"^restore proven: jay never, z \d+ s ago$", out, re.MULTILINE)
-    monkeypatch.setattr(snapshots, "PROOFS_NAMED", 1)
+    monkeypatch.setattr(_list, "PROOFS_NAMED", 1)
     assert re.search(
         r"^restore proven: 1 of 2 agents, the oldest \d+ s ago$", command(fleet, "list")[1], re.M
     )

@@ -13,6 +13,7 @@ from backup_worker.history import History
 from backup_worker.receivers import Sent
 from em_bridge.connection import connect
 from tests.integration.conftest import ValkeyServer
+from tests.small_fleet import until
 
 
 def server_checks(home: Path, url: str) -> dict[str, Check]:
@@ -72,6 +73,8 @@ def test_alerts_raised_by_many_processes_at_once_are_all_counted_and_told_once(
 def test_open_alerts_survive_a_killed_server(valkey: ValkeyServer) -> None:
     raise_alert(valkey.client(), Alert("k", "critical", "t", "b"), now=0)
     acknowledge(valkey.client(), "k", "kari", 1)
+    # A busy disk holds up the writing of the append-only file, for as long as a sync of it lasts.
+    until(lambda: valkey.client().info("persistence")["aof_buffer_length"] == 0)
     valkey.kill()
     valkey.restart()
     (one,) = open_alerts(valkey.client())

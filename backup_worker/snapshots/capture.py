@@ -143,8 +143,12 @@ class Capture:
             self._take_files(files, found)
         self._take_files(twins, found)
 
-    def _take_files(self, paths: Sequence[str], found: Found) -> None:
-        """Share what is unchanged, read the many small ones that the disk answers together, then all others."""
+    def _take_files(self, paths: Sequence[str], found: Found) -> list[str]:
+        """Share what is unchanged, read the many small ones that the disk answers together, then all others.
+
+        Returns what was shared.
+        """
+        shared: list[str] = []
         small: list[str] = []
         rest: list[str] = []
         now = clock.now()
@@ -152,6 +156,7 @@ class Capture:
             listed = found[path]
             if entry := self.copier.share(path, listed):
                 self._took(path, entry, listed)
+                shared.append(path)
             elif is_small(listed, now) and not (now - listed.st_mtime < OLD_S and path.endswith(".json")):
                 small.append(path)
             else:
@@ -165,6 +170,7 @@ class Capture:
                 rest.append(path)
         for path in rest:
             self._take_file(path)
+        return shared
 
     def _took(self, path: str, entry: Entry, state: State) -> None:
         self.done.entries[path] = entry
@@ -172,17 +178,20 @@ class Capture:
 
     def _take_in_parts(self, paths: Sequence[str], found: Found) -> None:
         def take(part: Sequence[str]) -> Any:
-            self._take_files(part, found)
+            shared = set(self._take_files(part, found))
             given_up = [(path, self._given_up[path].problem) for path in part if path in self._given_up]
             taken = []
             for path in part:
                 # Not kept in here: this process may take many parts.
                 entry, state = self.done.entries.pop(path, None), self._states.pop(path, None)
-                if entry is not None:
+                if entry is not None and path not in shared:
                     taken.append((_as_row(entry), None if state == found[path] else state))
-            return taken, given_up
+            # Of the shared ones all is known there already: their numbers will do.
+            return taken, given_up, [number for number, path in enumerate(part) if path in shared]
 
-        for _, (taken, given_up) in in_parts(paths, take):
+        for part, (taken, given_up, shared) in in_parts(paths, take):
+            for number in shared:
+                self._took(part[number], self.copier.shared(part[number]), found[part[number]])
             for row, state in taken:
                 entry = _from_row(row)
                 self.done.entries[entry.path] = entry

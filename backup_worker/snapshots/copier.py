@@ -72,8 +72,12 @@ class Copier:
         if old is None or listed.st_nlink != 1 or old.hardlink is not None or not _is_unchanged(old, listed):
             return None
         folder, _, name = path.rpartition("/")
-        if not self._link_new(folder, name):
-            return None
+        return self.shared(path) if self._link_new(folder, name) else None
+
+    def shared(self, path: str) -> Entry:
+        """Return the entry of a file that `share` has shared, here or in another process."""
+        assert self.previous is not None, "nothing is shared with nothing"
+        old = self.previous.entries[path]
         return old if old.linked else _linked(old)
 
     def copy_small(self, path: str, fd: int, listed: State, now: float) -> Entry | None:

@@ -52,5 +52,19 @@ def become(arguments: list[bytes], environment: dict[bytes, bytes], told: int) -
     os._exit(127)
 
 
+def described(status: int) -> str:
+    """Return what a wait status says."""
+    if os.WIFSIGNALED(status):
+        return signalled(os.WTERMSIG(status))
+    return f"exit code {os.waitstatus_to_exitcode(status)}"
+
+
+def signalled(number: int) -> str:
+    """Return what it means that a signal has ended a process."""
+    hint = ", as the kernel does when the memory is used up" if number == signal.SIGKILL else ""
+    names = {one.value: one.name for one in signal.Signals}
+    return f"ended by {names.get(number, f'signal {number}')}{hint}"
+
+
 if __name__ == "__main__":
     main()

@@ -16,10 +16,15 @@ def pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def environment(pid: int) -> dict[str, str]:
-    """Return the environment that the process was started with."""
-    pairs = (one.partition(b"=") for one in _read(pid, "environ").split(b"\0") if one)
-    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+def environment(pid: int, *names: str) -> dict[str, str]:
+    """Return those of the variables `names` that the process was started with."""
+    wanted = [os.fsencode(name) + b"=" for name in names]
+    found = (
+        pair.partition(b"=")
+        for pair in _read(pid, "environ").split(b"\0")
+        if any(pair.startswith(one) for one in wanted)
+    )
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in found}
 
 
 def command_line(pid: int) -> list[str]:

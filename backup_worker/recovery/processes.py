@@ -98,16 +98,31 @@ def find(name: str, root: Path, *, command: Sequence[str] = (), state: Path | No
 
 def find_agent(agent: Agent) -> list[Running]:
     """Return the live processes of `agent`; see `find`."""
-    spared = proc.family(os.getpid())
-    session = _recorded_session(agent)
+    spared, look = proc.family(os.getpid()), _Look.of(agent)
     found = []
     for pid in proc.pids():
         if pid in spared:
             continue
         with contextlib.suppress(OSError):
-            if _belongs(pid, agent, session) and not proc.is_zombie(pid):
+            if _belongs(pid, look) and not proc.is_zombie(pid):
                 found.append(Running(pid, " ".join(proc.command_line(pid)) or proc.name(pid)))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What every process is compared with, found out once: the real root, and which arguments are the agent's files."""
+
+    agent: Agent
+    session: int | None
+    home: str
+    own: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, agent: Agent) -> _Look:
+        home = os.path.realpath(agent.root)
+        own = tuple(_is_own_file(Path(home), word) for word in agent.command[1:])
+        return cls(agent, _recorded_session(agent), home, own)
 
 
 def strangers(agent: Agent, running: Iterable[Running]) -> list[Running]:
@@ -123,55 +138,58 @@ def _descends(pid: int, record: RunRecord, session: int | None) -> bool:
     try:
         if session is not None and os.getsid(pid) == session:
             return True
-        return proc.environment(pid).get("AGENT_RUN") == record.token
+        return proc.environment(pid, "AGENT_RUN").get("AGENT_RUN") == record.token
     except (FileNotFoundError, ProcessLookupError):
         return True
     except OSError:
         return False
 
 
-def _belongs(pid: int, agent: Agent, session: int | None) -> bool:
+def _belongs(pid: int, look: _Look) -> bool:
     try:
-        environment = proc.environment(pid)
+        environment = proc.environment(pid, "AGENT_ID", "AGENT_ROOT")
     except PermissionError:
         environment = {}
-    claims = environment.get("AGENT_ID")
-    if claims == agent.name and _same_folder(environment.get("AGENT_ROOT"), agent.root):
+    claims, name = environment.get("AGENT_ID"), look.agent.name
+    if claims == name and _is_at(environment.get("AGENT_ROOT"), look.home):
         return True
     # One that was started by an agent of ours, but as another agent, is not that agent's child but a life of its own.
-    if session is not None and claims in (None, agent.name) and os.getsid(pid) == session:
+    if look.session is not None and claims in (None, name) and os.getsid(pid) == look.session:
         return True
     # Many agents may share one program: who says that it is another one, is.
-    if claims not in (None, agent.name):
+    if claims not in (None, name):
         return False
-    return bool(agent.command) and _runs(agent, pid)
+    return bool(look.agent.command) and _runs(look, pid)
 
 
-def _runs(agent: Agent, pid: int) -> bool:
+def _runs(look: _Look, pid: int) -> bool:
     """Tell by its argument list and its working folder whether a process was started as the agent.
 
     A script's interpreter stands before it, a launcher may have replaced the program by its full path, and a file of
     the agent's own may be named from another folder, if that makes it the same file. A file outside of its root may be
     every agent's program, and proves nothing.
     """
-    line, wanted = proc.command_line(pid), agent.command[1:]
+    command = look.agent.command
+    line, wanted = proc.command_line(pid), command[1:]
     program, given = line[: len(line) - len(wanted)], line[len(line) - len(wanted) :]
-    if not program or not any(_same_program(word, agent.command[0]) for word in (program[0], program[-1])):
+    if not program or not any(_same_program(word, command[0]) for word in (program[0], program[-1])):
         return False
     folder = proc.folder(pid)
-    at_home = _same_folder(folder, agent.root)
+    # What the kernel says of a folder is its real path.
+    at_home = folder == look.home
     if at_home and list(given) == list(wanted):
         return True
-    own = [_is_own_file(agent.root, word) for word in wanted]
-    return (at_home or any(own)) and all(
-        _same_folder(os.path.join(folder, word), agent.root / expected) if is_file else word == expected
-        for word, expected, is_file in zip(given, wanted, own, strict=True)
+    return (at_home or any(look.own)) and all(
+        _is_at(os.path.join(folder, word), os.path.realpath(os.path.join(look.home, expected)))
+        if is_file
+        else word == expected
+        for word, expected, is_file in zip(given, wanted, look.own, strict=True)
     )
 
 
 def _is_own_file(root: Path, word: str) -> bool:
     path = root / word
-    return path.exists() and path.resolve().is_relative_to(root.resolve())
+    return path.exists() and path.resolve().is_relative_to(root)
 
 
 def _same_program(word: str, wanted: str) -> bool:
@@ -180,8 +198,9 @@ def _same_program(word: str, wanted: str) -> bool:
     return names[0] == names[1]
 
 
-def _same_folder(text: str | None, root: Path) -> bool:
-    return text is not None and os.path.realpath(text) == os.path.realpath(root)
+def _is_at(text: str | None, place: str) -> bool:
+    """Tell whether the path `text` leads to the real path `place`."""
+    return text is not None and (text == place or os.path.realpath(text) == place)
 
 
 def _recorded_session(agent: Agent) -> int | None:
@@ -240,7 +259,7 @@ def fence(agent: Agent, *, term_grace_s: float = TERM_GRACE_S) -> list[Running]:
 
 
 def _signal_and_wait(agent: Agent, pids: Iterable[int], signum: signal.Signals, grace_s: float) -> None:
-    session = _recorded_session(agent)
+    look = _Look.of(agent)
     poller = select.poll()
     opened: set[int] = set()
     awaited: set[int] = set()
@@ -250,7 +269,7 @@ def _signal_and_wait(agent: Agent, pids: Iterable[int], signum: signal.Signals, 
                 descriptor = os.pidfd_open(pid)
                 opened.add(descriptor)
                 # The number may have changed hands since it was found; from here on the descriptor holds it.
-                if not _belongs(pid, agent, session):
+                if not _belongs(pid, look):
                     continue
                 poller.register(descriptor, select.POLLIN)
                 awaited.add(descriptor)
@@ -343,21 +362,7 @@ def last_end(agent: Agent) -> str:
         pid, status = map(int, text.split())
     except (OSError, ValueError):
         return ""
-    return described(status) if record is not None and record.pid == pid else ""
-
-
-def described(status: int) -> str:
-    """Return what a wait status says."""
-    if os.WIFSIGNALED(status):
-        return signalled(os.WTERMSIG(status))
-    return f"exit code {os.waitstatus_to_exitcode(status)}"
-
-
-def signalled(number: int) -> str:
-    """Return what it means that a signal has ended a process."""
-    hint = ", as the kernel does when the memory is used up" if number == signal.SIGKILL else ""
-    names = {one.value: one.name for one in signal.Signals}
-    return f"ended by {names.get(number, f'signal {number}')}{hint}"
+    return launch.described(status) if record is not None and record.pid == pid else ""
 
 
 def _open_log(agent: Agent) -> int:

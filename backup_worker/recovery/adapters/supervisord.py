@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
-from backup_worker.recovery import processes
+from backup_worker.recovery import launch
 from backup_worker.recovery.adapters.local_http import connection_to, without_password
 from backup_worker.recovery.adapters.supervised import ANSWER_WITHIN_S, AdapterError, Supervised, Word
 
@@ -86,7 +86,7 @@ class SupervisordAdapter(Supervised):
             return ""
         code = int(info["exitstatus"])
         # supervisord gives a signal as a negative number.
-        ended = processes.signalled(-code) if code < 0 else f"exit code {code}"
+        ended = launch.signalled(-code) if code < 0 else f"exit code {code}"
         return f"{ended} ({info['spawnerr']})" if info["spawnerr"] else ended
 
     def log_lines(self, count: int = 50) -> list[str]:

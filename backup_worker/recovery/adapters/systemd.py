@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from backup_worker.recovery import processes
+from backup_worker.recovery import launch
 from backup_worker.recovery.adapters.supervised import (
     ANSWER_WITHIN_S,
     AdapterError,
@@ -101,7 +101,7 @@ class SystemdAdapter(Supervised):
         code, status = facts.get("ExecMainCode", "0"), facts.get("ExecMainStatus", "")
         if code == "0" or not status.isdigit():
             return ""
-        ended = f"exit code {status}" if code == "1" else processes.signalled(int(status))
+        ended = f"exit code {status}" if code == "1" else launch.signalled(int(status))
         return f"{ended} ({facts.get('Result', '')})"
 
     def log_lines(self, count: int = 50) -> list[str]:

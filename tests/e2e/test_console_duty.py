@@ -29,7 +29,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     made = Fleet(tmp_path_factory.mktemp("fleet") / "f", server.url)
     weights = {"weights": ["priority_weights.json"]}
     for name in ("z", "rick", "leroy"):
-        made.add(name, files=weights, depends_on=["z"] if name == "rick" else [])
+        made.add(name, files=weights)
         (made.root(name) / "priority_weights.json").write_text(json.dumps({"urgency": 0.5, "impact": 0.5}))
         made.backup(name)
     yield made

@@ -14,6 +14,8 @@ from typing import Any
 
 BLOCK_BYTES = 1 << 18
 MAX_BYTES = 6 << 20
+_WRITTEN_OTHERWISE = frozenset('"\\,:')
+"""A text with one of these may stand in a line in another form than people write it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class Wanted:
         # Most lines are passed over by this, and never parsed.
         if self.kind.encode() not in raw or self.agent.encode() not in raw:
             return None
-        if self.text.isalnum() and self.text.isascii() and self.text.lower().encode() not in raw.lower():
+        plain = self.text.isascii() and not set(self.text) & _WRITTEN_OTHERWISE
+        if plain and self.text.lower().encode() not in raw.lower():
             return None
         try:
             line = json.loads(raw)

@@ -15,6 +15,7 @@ from backup_worker.recovery import witnesses
 from backup_worker.recovery.incident import CONFIRM, CURRENT, ESCALATED, RECOVERED, Incident
 from em_bridge import streams
 from tests.integration.conftest import ValkeyServer
+from tests.integration.test_recovery_machine import worker_that_dies
 from tests.living_fleet import Fleet, steps, wait_for
 
 
@@ -101,6 +102,20 @@ def test_a_humans_word_needs_no_second_witness(fleet: Fleet) -> None:
     assert incident.state == RECOVERED
     assert incident.by_hand
     assert [one.pid for one in fleet.running("z")] != [pid]
+
+
+def test_a_worker_may_be_killed_around_the_second_witness(fleet: Fleet) -> None:
+    fleet.add("z", recovery={"stable_for": 0})
+    fleet.backup("z")
+    whole = fleet.files("z")
+    for number in range(1, 5):
+        fleet.wipe("z")
+        opened = fleet.service._open("z", "killed", phase=CONFIRM)[0]
+        assert worker_that_dies(fleet, opened.id, "a write of the incident", number)
+        incident = fleet.drive(opened.id)[0]
+        assert (incident.state, incident.attempts) == (RECOVERED, 1), incident.steps
+        assert fleet.files("z") == whole
+        fleet.kill("z")
 
 
 # ── the same state again ────────────────────────────────────────────────────────────────────────────────────────

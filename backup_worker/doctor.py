@@ -272,7 +272,7 @@ def _server(facts: dict[str, Any], url: str) -> Iterator[Check]:
 
 
 def _alerts(config: Config, *, test_alert: bool) -> Iterator[Check]:
-    from backup_worker import receivers
+    from backup_worker.alerts import receivers
 
     urls = [receiver.url for receiver in config.schedule.alerts]
     if not urls:
@@ -310,7 +310,7 @@ def _alerts(config: Config, *, test_alert: bool) -> Iterator[Check]:
 
 def _pings(config: Config) -> Iterator[Check]:
     """A machine that is gone can tell nobody of it."""
-    from backup_worker.pings import host_of
+    from backup_worker.maintenance.pings import host_of
 
     told = {name: host_of(tier.ping) for name, tier in config.schedule.tiers.items() if tier.ping}
     if told:
@@ -323,7 +323,7 @@ def _pings(config: Config) -> Iterator[Check]:
 
 
 def _approvals(config: Config) -> Iterator[Check]:
-    from backup_worker import signatures
+    from backup_worker.approval import signatures
 
     path = config.allowed_signers
     if not path.exists():

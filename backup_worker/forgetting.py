@@ -7,7 +7,7 @@ within its own limits of size and age: it tells of what was done, not of what co
 from __future__ import annotations
 
 from backup_worker import proofs
-from backup_worker.approved import ApprovedStates
+from backup_worker.approval.approved import ApprovedStates
 from backup_worker.snapshots import Repository
 from backup_worker.snapshots.scope import AGENT_ID
 

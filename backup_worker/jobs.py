@@ -14,8 +14,10 @@ from typing import Any
 from rq import get_current_job
 from rq.job import Job
 
-from backup_worker import backups, change_events, changes, hosts, maintain, slots
+from backup_worker import backups, hosts, slots
+from backup_worker.approval import change_events, changes
 from backup_worker.config import ConfigWatch
+from backup_worker.maintenance import maintain
 from backup_worker.queues import ForeignJob
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.recovery.service import RecoveryService
@@ -106,7 +108,7 @@ def incident(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def maintenance(args: dict[str, Any]) -> dict[str, Any]:
-    """Run the maintenance task `task`, or the part of it that `host` has: see `backup_worker.maintain`."""
+    """Run the maintenance task `task`, or the part of it that `host` has: see `backup_worker.maintenance.maintain`."""
     runtime = _runtime()
     result = maintain.run(runtime, args["task"], now=clock.now(), host=args.get("host"))
     runtime.resolve(_failure_key("maintenance", args))

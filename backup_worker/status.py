@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
 
-from backup_worker import alerts, backpressure, drill, lookout, maintain, proofs, schedule, scrub
+from backup_worker import alerts, backpressure, proofs, schedule
+from backup_worker.alerts.receivers import scheme_of
 from backup_worker.config import SEVERITIES
-from backup_worker.receivers import scheme_of
+from backup_worker.maintenance import drill, lookout, maintain, scrub
 from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime

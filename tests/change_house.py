@@ -8,8 +8,9 @@ from typing import Any
 
 import fakeredis
 
-from backup_worker import alerts, change_events, guard
-from backup_worker.approved import ApprovedStates
+from backup_worker import alerts
+from backup_worker.approval import change_events, guard
+from backup_worker.approval.approved import ApprovedStates
 from backup_worker.snapshots import Manifest
 from em_bridge import events
 from tests.small_fleet import ON_CHANGE, SmallFleet

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
-from backup_worker.receivers import Sent
+from backup_worker.alerts.receivers import Sent
 
 
 @dataclass

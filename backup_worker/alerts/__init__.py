@@ -18,9 +18,9 @@ from backup_worker.alerts.book import (
 from backup_worker.alerts.delivery import CLAIM_S, Send, deliver_due, receiver_states
 from backup_worker.alerts.direct import Direct
 from backup_worker.alerts.planner import INFO_S, Policy, ReceiverState, id_of
+from backup_worker.alerts.receivers import Sent, receiver_of
 from backup_worker.alerts.silences import Silence
 from backup_worker.config import Severity
-from backup_worker.receivers import Sent, receiver_of
 
 __all__ = [
     "Alert", "CLAIM_S", "Direct", "INFO_S", "OpenAlert", "Policy", "ReceiverState", "Send", "Sent", "Severity",

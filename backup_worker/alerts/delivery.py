@@ -21,10 +21,10 @@ import msgpack
 from backup_worker.alerts import book, planner, silences
 from backup_worker.alerts.book import OpenAlert
 from backup_worker.alerts.planner import DEFAULT_POLICY, Delivery, Plan, Policy, ReceiverState, id_of
+from backup_worker.alerts.receivers import Sent, scheme_of, send_with_apprise
 from backup_worker.alerts.wording import compose
 from backup_worker.config import Receiver, Severity
 from backup_worker.history import History
-from backup_worker.receivers import Sent, scheme_of, send_with_apprise
 from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from backup_worker.alerts import delivery, kinds
 from backup_worker.alerts.book import RANK, Alert, OpenAlert
 from backup_worker.alerts.delivery import Send
 from backup_worker.alerts.planner import DEFAULT_POLICY, LONGEST_PAUSE_S, NOBODY, Delivery, Policy
+from backup_worker.alerts.receivers import send_with_apprise
 from backup_worker.config import Receiver
 from backup_worker.history import History
-from backup_worker.receivers import send_with_apprise
 
 log = logging.getLogger(__name__)
 

@@ -69,8 +69,8 @@ def test(
 
     Example: `backup-worker alerts test`
     """
-    from backup_worker import notices
     from backup_worker.cli._common import coloured, show, try_runtime
+    from backup_worker.maintenance import notices
 
     runtime, _ = try_runtime(config, redis_url)
     rows = notices.try_receivers(runtime, clock.now())

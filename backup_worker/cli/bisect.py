@@ -11,7 +11,7 @@ from em_bridge import clock
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit
 
 if TYPE_CHECKING:
-    from backup_worker.bisecting import Tried
+    from backup_worker.recovery.bisecting import Tried
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -43,8 +43,8 @@ def bisect(
 
     Example: `backup-worker bisect z --for 10`
     """
-    from backup_worker.bisecting import Bisector
     from backup_worker.cli.snapshots import opened
+    from backup_worker.recovery.bisecting import Bisector
 
     settings, repo, _ = opened(config)
     zone = settings.schedule.timezone

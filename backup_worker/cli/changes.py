@@ -15,8 +15,8 @@ from em_bridge.errors import UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit, group
 
 if TYPE_CHECKING:
-    from backup_worker.changes import Change, Rules
-    from backup_worker.proposals import FileChange
+    from backup_worker.approval.changes import Change, Rules
+    from backup_worker.approval.proposals import FileChange
 
 ChangeArgument = Annotated[str, typer.Argument(help="The change's id.")]
 ByOption = Annotated[
@@ -58,7 +58,7 @@ def list_changes(
         if redis_url:
             os.environ["REDIS_URL"] = redis_url
         return
-    from backup_worker import approvals, changes
+    from backup_worker.approval import approvals, changes
     from backup_worker.cli._common import open_runtime
 
     runtime = open_runtime(config, redis_url)
@@ -99,7 +99,7 @@ def show(
 
     Example: `backup-worker changes show c1`
     """
-    from backup_worker import approvals, changes, proposals
+    from backup_worker.approval import approvals, changes, proposals
     from backup_worker.cli._common import open_runtime
 
     runtime = open_runtime(config, redis_url)
@@ -252,7 +252,7 @@ def _decide(
     given: str | None = None,
     only_statement: bool = False,
 ) -> None:
-    from backup_worker import approvals, changes, signatures
+    from backup_worker.approval import approvals, changes, signatures
     from backup_worker.cli._common import open_runtime
 
     runtime = open_runtime(config, redis_url)

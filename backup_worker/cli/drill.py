@@ -12,7 +12,7 @@ from em_bridge import clock
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
 
 if TYPE_CHECKING:
-    from backup_worker.drill import Drill
+    from backup_worker.maintenance.drill import Drill
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -39,7 +39,7 @@ def drill(
     Example: `backup-worker drill z jay`
     """
     from backup_worker.cli._common import try_runtime
-    from backup_worker.drill import run
+    from backup_worker.maintenance.drill import run
 
     runtime, _ = try_runtime(config, redis_url)
     names = list(dict.fromkeys(agents or runtime.config.agents))

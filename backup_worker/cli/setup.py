@@ -14,8 +14,8 @@ from em_bridge.errors import ConfigError, NotFound, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit, fail
 
 if TYPE_CHECKING:
-    from backup_worker.fleet import Survey
-    from backup_worker.fleet_files import Found
+    from backup_worker.discovery.fleet import Survey
+    from backup_worker.discovery.fleet_files import Found
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -42,7 +42,7 @@ def init(
 
     Example: `backup-worker init --from ~/agents && backup-worker backup --tier weekly`
     """
-    from backup_worker import starter
+    from backup_worker.discovery import starter
 
     survey = _discover(fleet, directory) if fleet is not None else None
     found = survey.agents if survey is not None else []
@@ -80,7 +80,7 @@ def doctor(
 
 
 def _discover(fleet: Path, directory: Path) -> Survey:
-    from backup_worker.fleet import discover
+    from backup_worker.discovery.fleet import discover
 
     if not fleet.is_dir():
         raise UsageError(

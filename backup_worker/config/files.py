@@ -148,7 +148,7 @@ def _model(
 def _refused_alerts(schedule: Schedule, file: str) -> list[Problem]:
     if not schedule.alerts:
         return []
-    from backup_worker.receivers import refused_urls
+    from backup_worker.alerts.receivers import refused_urls
 
     return [
         Problem(

@@ -11,7 +11,8 @@ from typing import Any
 from flask import Blueprint, flash, g, redirect, request, url_for
 from werkzeug.wrappers import Response
 
-from backup_worker import alerts, approvals, changes
+from backup_worker import alerts
+from backup_worker.approval import approvals, changes
 from backup_worker.console.live import View, live, view
 from backup_worker.console.security import local_path
 from backup_worker.recovery.service import RecoveryService

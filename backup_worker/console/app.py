@@ -15,7 +15,8 @@ from flask import Flask, jsonify, render_template, request
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from werkzeug.exceptions import HTTPException
 
-from backup_worker import alerts, approvals, changes
+from backup_worker import alerts
+from backup_worker.approval import approvals, changes
 from backup_worker.console import (
     actions,
     feed,

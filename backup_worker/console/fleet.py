@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from backup_worker import alerts, maintain, proofs, queues, schedule
+from backup_worker import alerts, proofs, queues, schedule
 from backup_worker.config import AgentConfig, Tier
 from backup_worker.console.beats import Bars
 from backup_worker.console.drift import Drift
 from backup_worker.console.live import View
+from backup_worker.maintenance import maintain
 from backup_worker.recovery.incident import Incident, IncidentStore
 from em_bridge import streams
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from flask import Blueprint, render_template, request
 
-from backup_worker import alerts, approvals, changes, proposals, status
+from backup_worker import alerts, status
+from backup_worker.approval import approvals, changes, proposals
 from backup_worker.console import fleet, graph, record, slots, weights
 from backup_worker.console.fleet import status_of
 from backup_worker.console.live import live, view

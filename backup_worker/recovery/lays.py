@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backup_worker import approvals, changes
+from backup_worker.approval import approvals, changes
 from backup_worker.recovery import notice, witnesses
 from backup_worker.recovery.incident import CURRENT, DEPEND, RESTORE, SELECT, Incident, Missed
 from backup_worker.recovery.waits import Waits

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backup_worker import changes
+from backup_worker.approval import changes
 from backup_worker.recovery.incident import Missed
 from em_bridge import streams
 

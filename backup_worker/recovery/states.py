@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from backup_worker.changes import Change
+from backup_worker.approval.changes import Change
 from backup_worker.config import Config
 from backup_worker.recovery.incident import Missed
 from backup_worker.recovery.loss import Loss, missed_changes

@@ -11,7 +11,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, ConsoleMessage, Page, StorageState, expect
 
-from backup_worker import alerts, changes, queues
+from backup_worker import alerts, queues
+from backup_worker.approval import changes
 from backup_worker.console.roles import APPROVER
 from backup_worker.recovery.incident import RECOVERED, IncidentStore
 from em_bridge import Publisher, streams

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from backup_worker import alerts, changes
+from backup_worker import alerts
+from backup_worker.approval import changes
 from backup_worker.console.roles import APPROVER
 from backup_worker.console.users import Users
 from backup_worker.recovery.incident import ESCALATED, RECOVERED

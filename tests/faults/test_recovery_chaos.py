@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from backup_worker import changes
+from backup_worker.approval import changes
 from backup_worker.config import ConfigWatch
 from backup_worker.recovery.incident import ESCALATED, PROVE, RECOVERED
 from backup_worker.recovery.machine import Recovery

@@ -10,7 +10,6 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import receivers
 from backup_worker.alerts import (
     Alert,
     Policy,
@@ -18,6 +17,7 @@ from backup_worker.alerts import (
     open_alerts,
     raise_alert,
     receiver_states,
+    receivers,
     resolve,
 )
 from backup_worker.config import Receiver

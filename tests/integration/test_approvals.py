@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from backup_worker import alerts, backups, changes
+from backup_worker import alerts, backups
+from backup_worker.approval import changes
 from em_bridge import Publisher
 from tests.integration.conftest import ValkeyServer
 from tests.integration.parts import Part

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from backup_worker import alerts, maintain
+from backup_worker import alerts
 from backup_worker.dispatcher import Dispatcher
+from backup_worker.maintenance import maintain
 from backup_worker.runtime import Runtime
 from backup_worker.status import overview
 from em_bridge import clock, events, streams

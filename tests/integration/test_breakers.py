@@ -13,8 +13,8 @@ import fakeredis
 import pytest
 import redis
 
-from backup_worker import maintain
 from backup_worker.config import Config, load
+from backup_worker.maintenance import maintain
 from backup_worker.recovery import breakers
 from backup_worker.recovery.breakers import Pause
 from backup_worker.recovery.incident import DEADLINES, ESCALATED, RECOVERED, Incident

@@ -13,7 +13,7 @@ import pytest
 
 from backup_worker import alerts
 from backup_worker.config import load
-from backup_worker.notices import TEST_TITLE
+from backup_worker.maintenance.notices import TEST_TITLE
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
 from tests.integration.conftest import ValkeyServer

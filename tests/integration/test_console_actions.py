@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from backup_worker import alerts, backups, changes
+from backup_worker import alerts, backups
+from backup_worker.approval import changes
 from backup_worker.console import create_app
 from backup_worker.console.roles import APPROVER
 from backup_worker.recovery import breakers

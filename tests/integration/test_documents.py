@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker import starter
 from backup_worker.config import SCHEDULE_FILE, load
-from backup_worker.fleet import discover
+from backup_worker.discovery import starter
+from backup_worker.discovery.fleet import discover
 from backup_worker.history import History
 from em_bridge import streams
 from em_bridge.events import decode

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from backup_worker import change_events
+from backup_worker.approval import change_events
 from backup_worker.recovery import notice
 from backup_worker.recovery.incident import CURRENT, RECOVERED, Incident
 from backup_worker.recovery.notice import FILE, MARK, SENDER

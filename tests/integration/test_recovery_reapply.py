@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from backup_worker import change_events
+from backup_worker.approval import change_events
 from backup_worker.recovery.incident import RECOVERED
 from backup_worker.snapshots import Manifest
 from em_bridge import streams

@@ -5,12 +5,12 @@ from __future__ import annotations
 import multiprocessing
 from pathlib import Path
 
-from backup_worker import starter
 from backup_worker.alerts import Alert, acknowledge, deliver_due, open_alerts, raise_alert
+from backup_worker.alerts.receivers import Sent
 from backup_worker.config import Receiver
+from backup_worker.discovery import starter
 from backup_worker.doctor import Check, examine
 from backup_worker.history import History
-from backup_worker.receivers import Sent
 from em_bridge.connection import connect
 from tests.integration.conftest import ValkeyServer
 from tests.small_fleet import until

@@ -11,11 +11,20 @@ import fakeredis
 import pytest
 from redis import Redis
 
-from backup_worker import alerts, receivers
-from backup_worker.alerts import Alert, Policy, acknowledge, deliver_due, open_alerts, raise_alert, resolve
+from backup_worker import alerts
+from backup_worker.alerts import (
+    Alert,
+    Policy,
+    acknowledge,
+    deliver_due,
+    open_alerts,
+    raise_alert,
+    receivers,
+    resolve,
+)
+from backup_worker.alerts.receivers import Sent
 from backup_worker.config import Receiver
 from backup_worker.history import History
-from backup_worker.receivers import Sent
 from em_bridge.errors import NotFound
 from tests.receivers import Phone
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backup_worker import backups
-from backup_worker.bisecting import FOLDER, PROBES, Bisection, Bisector, Tried, search
 from backup_worker.config import load
+from backup_worker.recovery.bisecting import FOLDER, PROBES, Bisection, Bisector, Tried, search
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Repository
 from em_bridge.errors import NotFound, UsageError

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backup_worker import approvals, changes
-from backup_worker.changes import APPLIED, APPROVED, PROPOSED, REJECTED
+from backup_worker.approval import approvals, changes
+from backup_worker.approval.changes import APPLIED, APPROVED, PROPOSED, REJECTED
 from em_bridge import events, streams
 from em_bridge.errors import NotFound
 

@@ -13,8 +13,9 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from backup_worker import config, starter
+from backup_worker import config
 from backup_worker.cli.record import parse_time
+from backup_worker.discovery import starter
 from backup_worker.history import History
 from em_bridge.errors import UsageError
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from backup_worker import config, starter
+from backup_worker import config
+from backup_worker.discovery import starter
+from backup_worker.discovery.fleet import discover
 from backup_worker.doctor import Check, examine
-from backup_worker.fleet import discover
 from backup_worker.history import History
 
 PROGRAM = Path(sys.executable).with_name("backup-worker")

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from backup_worker import starter
 from backup_worker.cli._watch import view
-from backup_worker.fleet import discover
+from backup_worker.discovery import starter
+from backup_worker.discovery.fleet import discover
 from tests.terminal import OnTerminal
 
 PROGRAM = Path(sys.executable).with_name("backup-worker")

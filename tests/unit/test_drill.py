@@ -14,7 +14,8 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import alerts, drill, maintain, proofs
+from backup_worker import alerts, proofs
+from backup_worker.maintenance import drill, maintain
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Manifest, execute, plan_restore, take_snapshot
 from em_bridge.errors import NotFound

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backup_worker import maintain
 from backup_worker.config import load
+from backup_worker.maintenance import maintain
 from backup_worker.recovery import keeping
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.recovery.keeping import FRESH_S, Kept, plan

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker import config, starter
-from backup_worker.fleet import discover
-from backup_worker.fleet_files import Found
+from backup_worker import config
+from backup_worker.discovery import starter
+from backup_worker.discovery.fleet import discover
+from backup_worker.discovery.fleet_files import Found
 from backup_worker.snapshots import Repository, take_snapshot
 from backup_worker.snapshots.scope import Scope
 from em_bridge.errors import UsageError

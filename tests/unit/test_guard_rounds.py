@@ -9,9 +9,11 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import alerts, guard_rounds, guarded, hints, maintain
-from backup_worker.approved import ApprovedStates
-from backup_worker.hints import Hints
+from backup_worker import alerts
+from backup_worker.approval import guard_rounds, guarded, hints
+from backup_worker.approval.approved import ApprovedStates
+from backup_worker.approval.hints import Hints
+from backup_worker.maintenance import maintain
 from tests.small_fleet import SmallFleet, until
 
 NOW = 1795435200.0

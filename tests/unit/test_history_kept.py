@@ -8,8 +8,9 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import alerts, maintain, record_watch
+from backup_worker import alerts
 from backup_worker.history import kept
+from backup_worker.maintenance import maintain, record_watch
 from backup_worker.runtime import Runtime
 from em_bridge.errors import UsageError
 from tests.small_fleet import SmallFleet

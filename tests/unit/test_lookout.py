@@ -8,8 +8,9 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import alerts, by_hand, jobs, lookout, maintain
+from backup_worker import alerts, by_hand, jobs
 from backup_worker.alerts import Alert
+from backup_worker.maintenance import lookout, maintain
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import take_snapshot
 from em_bridge import events, streams

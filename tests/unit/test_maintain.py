@@ -8,8 +8,9 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import alerts, due, maintain, notices, pings, schedule
-from backup_worker.maintain import missing_backups, oldest_waiting
+from backup_worker import alerts, due, schedule
+from backup_worker.maintenance import maintain, notices, pings
+from backup_worker.maintenance.maintain import missing_backups, oldest_waiting
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import take_snapshot
 from em_bridge import events, streams

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backup_worker import rolling
+from backup_worker.maintenance import rolling
 
 DAY = 86400.0
 PERIOD = 30 * DAY

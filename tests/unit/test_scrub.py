@@ -10,7 +10,8 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import alerts, maintain, scrub
+from backup_worker import alerts
+from backup_worker.maintenance import maintain, scrub
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import take_snapshot, verify_snapshot
 from tests.small_fleet import SmallFleet

@@ -12,8 +12,8 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import approvals, changes, signatures
-from backup_worker.changes import APPROVED, PROPOSED, Rules
+from backup_worker.approval import approvals, changes, signatures
+from backup_worker.approval.changes import APPROVED, PROPOSED, Rules
 from em_bridge import events
 from em_bridge.errors import AgentBackupError, UsageError
 from tests.tools import needs

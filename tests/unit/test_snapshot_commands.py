@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from backup_worker.approved import ApprovedStates, Held
+from backup_worker.approval.approved import ApprovedStates, Held
 from backup_worker.cli import main
 from backup_worker.forgetting import APPROVED, PROOF
 from backup_worker.proofs import Note, note_of, write_note

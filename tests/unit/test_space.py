@@ -7,7 +7,8 @@ from typing import Any
 
 import fakeredis
 
-from backup_worker import alerts, backups, maintain, space
+from backup_worker import alerts, backups
+from backup_worker.maintenance import maintain, space
 from tests.small_fleet import DAILY, SmallFleet
 
 SEVEN = 1795417200.0

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import msgpack
 
-from backup_worker import changes, signatures
-from backup_worker.changes import APPLIED, APPROVED, REJECTED, Change, Rules, same_person
+from backup_worker.approval import changes, signatures
+from backup_worker.approval.changes import APPLIED, APPROVED, REJECTED, Change, Rules, same_person
 from em_bridge import clock, events, streams
 from em_bridge.errors import UsageError
 from em_bridge.publisher import Publisher

@@ -11,12 +11,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 from zoneinfo import ZoneInfo
 
-from backup_worker import digest as digests
-from backup_worker import schedule, space
+from backup_worker import schedule
 from backup_worker.alerts import delivery
+from backup_worker.alerts.receivers import send_with_apprise
 from backup_worker.config import SEVERITIES, Schedule
 from backup_worker.due import MaintenanceDue
-from backup_worker.receivers import send_with_apprise
+from backup_worker.maintenance import digest as digests
+from backup_worker.maintenance import space
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
 from em_bridge import streams

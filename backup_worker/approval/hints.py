@@ -14,7 +14,7 @@ from pathlib import Path
 
 import watchfiles
 
-from backup_worker import guarded
+from backup_worker.approval import guarded
 from backup_worker.config import Config
 from backup_worker.snapshots import Scope
 from em_bridge import clock

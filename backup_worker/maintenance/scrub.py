@@ -12,7 +12,8 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from backup_worker import alerts, rolling
+from backup_worker import alerts
+from backup_worker.maintenance import rolling
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Head, Healed, Problem, SnapshotError, heal_snapshot, verify_snapshot
 from em_bridge import clock

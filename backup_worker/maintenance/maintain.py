@@ -8,22 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from backup_worker import (
-    alerts,
-    backups,
-    changes,
-    due,
-    guard_rounds,
-    lookout,
-    notices,
-    pings,
-    record_watch,
-    schedule,
-    space,
-)
-from backup_worker import drill as drills
-from backup_worker import scrub as scrubbing
+from backup_worker import alerts, backups, due, schedule
+from backup_worker.approval import changes, guard_rounds
 from backup_worker.config import Config
+from backup_worker.maintenance import drill as drills
+from backup_worker.maintenance import lookout, notices, pings, record_watch, space
+from backup_worker.maintenance import scrub as scrubbing
 from backup_worker.recovery import keeping
 from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime
@@ -167,12 +157,12 @@ def prune(runtime: Runtime, now: float) -> dict[str, Any]:
 
 
 def scrub(runtime: Runtime, now: float) -> dict[str, Any]:
-    """Read again the snapshots that were not proven for the longest time: see `backup_worker.scrub`."""
+    """Read again the snapshots that were not proven for the longest time: see `backup_worker.maintenance.scrub`."""
     return scrubbing.run(runtime, now, every_s=EVERY_S["scrub"])
 
 
 def drill(runtime: Runtime, now: float) -> dict[str, Any]:
-    """Rehearse the restores that were not rehearsed for the longest time: see `backup_worker.drill`."""
+    """Rehearse the restores that were not rehearsed for the longest time: see `backup_worker.maintenance.drill`."""
     return drills.scheduled(runtime, now, every_s=EVERY_S["drill"])
 
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backup_worker.fleet_files import CHARTER, EXCLUDED, SOUL, Found, class_of_folder, is_passing, propose
+from backup_worker.discovery.fleet_files import (
+    CHARTER,
+    EXCLUDED,
+    SOUL,
+    Found,
+    class_of_folder,
+    is_passing,
+    propose,
+)
 from backup_worker.snapshots.repository import HIDDEN
 
 _OWN = frozenset(("memory", "rules", "skills"))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import redis.exceptions
 
-from backup_worker import signatures
+from backup_worker.approval import signatures
 from backup_worker.canonical import canonical
 from em_bridge import events, streams
 from em_bridge.errors import InvalidEvent, NotFound

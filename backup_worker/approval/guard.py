@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from backup_worker import alerts as alerting
-from backup_worker import approvals, backups, guarded
-from backup_worker.approved import ApprovedState, ApprovedStates, Held, How
+from backup_worker import backups
+from backup_worker.approval import approvals, guarded
+from backup_worker.approval.approved import ApprovedState, ApprovedStates, Held, How
 from backup_worker.runtime import Runtime
 from backup_worker.schedule import slot_name
 from backup_worker.snapshots import Manifest, SnapshotError
@@ -31,7 +32,7 @@ from em_bridge import events, streams
 from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
-    from backup_worker.changes import Change
+    from backup_worker.approval.changes import Change
 
 log = logging.getLogger(__name__)
 

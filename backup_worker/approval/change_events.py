@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from backup_worker import approvals, backups, changes, guard, guarded
-from backup_worker.approvals import Ruling
-from backup_worker.approved import ApprovedStates, Held, How
+from backup_worker import backups
+from backup_worker.approval import approvals, changes, guard, guarded
+from backup_worker.approval.approvals import Ruling
+from backup_worker.approval.approved import ApprovedStates, Held, How
 from backup_worker.runtime import Runtime
 from backup_worker.schedule import slot_name
 from backup_worker.snapshots import Entry, Manifest, Scope, SnapshotError

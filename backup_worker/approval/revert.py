@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from backup_worker import approvals, changes, guard, guarded, restores
-from backup_worker.approved import ApprovedState, ApprovedStates, Held
+from backup_worker import restores
+from backup_worker.approval import approvals, changes, guard, guarded
+from backup_worker.approval.approved import ApprovedState, ApprovedStates, Held
 from backup_worker.recovery.locks import acting_on
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Repository, disk

@@ -22,7 +22,7 @@ from backup_worker.config import (
     schema_name,
     schemas,
 )
-from backup_worker.fleet_files import EXCLUDED, USUAL, Found
+from backup_worker.discovery.fleet_files import EXCLUDED, USUAL, Found
 from em_bridge.errors import UsageError
 
 LOCALTIME = Path("/etc/localtime")

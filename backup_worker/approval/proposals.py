@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from backup_worker.approved import ApprovedStates
+from backup_worker.approval.approved import ApprovedStates
 from backup_worker.snapshots import KeyChange, compare_json
 from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
-    from backup_worker.changes import Change
+    from backup_worker.approval.changes import Change
     from backup_worker.snapshots import Head, Repository
 
 MAX_BYTES = 512 * 1024

@@ -20,7 +20,7 @@ import tenacity
 from redis import exceptions
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import Sentinel, SentinelManagedConnection, SentinelManagedSSLConnection
 
 from em_bridge.errors import AgentBackupError, RedisRefused, RedisUnavailable, UsageError
 
@@ -150,8 +150,29 @@ def _through_sentinel(url: str, parts: SplitResult, options: dict[str, Any]) -> 
         guard["ssl"] = data["ssl"] = True
     # redis-py has no annotations for Sentinel.
     make: Any = Sentinel
+    data["connection_class"] = _SentinelTlsConnection if "ssl" in data else _SentinelConnection
     client: redis.Redis = make(sentinels, sentinel_kwargs=guard, **data).master_for(service)
     return client
+
+
+class _Resolving:
+    """Asks the Sentinels before each reconnection, also one in the middle of a command that is tried again.
+
+    redis-py 8.1 asks only on a connection's first use: a command with many tries would try a dead primary to the last.
+    """
+
+    def connect_check_health(self: Any, *args: Any, **options: Any) -> Any:
+        if not self._sock:
+            self.host, self.port = self.connection_pool.get_master_address()
+        return super().connect_check_health(*args, **options)  # type: ignore[misc]  # of the class that it is mixed into
+
+
+class _SentinelConnection(_Resolving, SentinelManagedConnection):
+    """A plain one."""
+
+
+class _SentinelTlsConnection(_Resolving, SentinelManagedSSLConnection):
+    """One over TLS."""
 
 
 def as_client(url_or_client: str | redis.Redis | None, *, retrying: bool = True) -> redis.Redis:

@@ -62,10 +62,10 @@ def test_rot_is_found_by_the_scrub_told_fails_the_drill_and_all_is_well_again_wh
 
         ask_for("scrub")
         until(lambda: f"rot/{snapshot}" in open_keys(), 10)
-        until(lambda: f"[critical] snapshot {snapshot} is damaged" in [title for title, _ in pager.pages], 10)
+        until(lambda: f"[critical] snapshot {snapshot} is damaged" in [title for title, _ in pager.pages], 30)
         ask_for("drill")
         until(lambda: "drill/z" in open_keys(), 10)
-        until(lambda: "[critical] restoring z does not work" in [title for title, _ in pager.pages], 10)
+        until(lambda: "[critical] restoring z does not work" in [title for title, _ in pager.pages], 30)
         assert time.monotonic() - began < 15
         assert "drill/jay" not in open_keys()
         assert {line["agent"]: line["ok"] for line in fleet.history("drill")} == {"z": False, "jay": True}

@@ -65,6 +65,8 @@ def unproven(noted: Head | None, last: Link) -> tuple[str, ...]:
         )
     elif noted.seq < last.seq:
         cut = f"that no lines were cut off the end: the repository vouches for line {noted.seq}, not for later ones"
+    elif noted.seq > last.seq:
+        cut = f"anything behind line {last.seq}: the repository vouches for line {noted.seq}, which was not reached"
     else:
         cut = "that no lines were cut off the end since the last backup, whose line is the last one"
     return (

@@ -19,12 +19,14 @@ WEIGHTS = "weights.json"
 NEW = b'{"speed": 0.6}\n'
 OTHER = b'{"speed": 9.9}\n'
 
+BOTH = {**ON_CHANGE, "events": ["config.approved", "config.applied"]}
+
 
 class House:
     """A small fleet with its bus; events are handled in the order in which they are published."""
 
     def __init__(self, folder: Path, tiers: dict[str, Any] | None = None) -> None:
-        self.fleet = SmallFleet(folder, tiers=tiers or {"on-change": ON_CHANGE})
+        self.fleet = SmallFleet(folder, tiers=tiers or {"on-change": BOTH})
         self.client: Any = fakeredis.FakeRedis()
         # Ahead of the clock, so that what the code itself appends comes behind it.
         self.now = time.time() + 3600

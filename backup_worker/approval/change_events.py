@@ -1,9 +1,10 @@
 """What is done about each event of a change: the record, the backup, the verdict, the alerts, the approved state.
 
-Promise: an approval that counts backs up the state before the change, an application the state after it. The verdict
-on an application is about the very bytes that its snapshot holds; if the change is not approved, or these are not the
-bytes that were approved, the snapshot is marked `unapproved` and a human is alerted, and if they are, they become the
-approved state of the agent. An event may be handled twice: it is on the record once, and makes the same snapshots.
+Promise: an application backs up the state after the change; an approval that counts the state before it, in each tier
+that lists `config.approved` among its events. The verdict on an application is about the very bytes that its snapshot
+holds; if the change is not approved, or these are not the bytes that were approved, the snapshot is marked `unapproved`
+and a human is alerted, and if they are, they become the approved state of the agent. An event may be handled twice: it
+is on the record once, and makes the same snapshots.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _back_up(
 ) -> list[Manifest]:
     made = []
     for name, tier in runtime.config.schedule.tiers.items():
-        if not _wanted(tier.events, event, entry, known):
+        if event.type not in tier.events or not _counts(event, entry, known):
             continue
         slot = slot_name(tier, runtime.config.schedule.timezone, streams.entry_time(entry))
         why = event.reason or known.reason
@@ -102,15 +103,11 @@ def _back_up(
     return made
 
 
-def _wanted(wanted: list[Any], event: changes.ConfigChange, entry: str, known: changes.Change) -> bool:
-    """Tell whether a tier that waits for the events `wanted` makes a snapshot now.
-
-    One that waits for applied changes also keeps the state before: at the approval, if that is the one that counts.
-    """
-    if event.type in wanted:
+def _counts(event: changes.ConfigChange, entry: str, known: changes.Change) -> bool:
+    """Tell whether an event may make a snapshot: an approval by nobody who may give it would fill the tier."""
+    if not isinstance(event, events.ConfigApproved):
         return True
-    counts = known.decision == changes.APPROVED and known.decided_entry == entry
-    return counts and known.applied_at is None and events.ConfigApplied.type in wanted
+    return known.decision == changes.APPROVED and known.decided_entry == entry
 
 
 class _Judging:

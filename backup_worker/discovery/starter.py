@@ -26,6 +26,11 @@ from backup_worker.discovery.fleet_files import EXCLUDED, USUAL, Found
 from em_bridge.errors import UsageError
 
 LOCALTIME = Path("/etc/localtime")
+STARTING_TIERS: Mapping[str, Mapping[str, Any]] = {
+    **DEFAULT_TIERS,
+    "on-change": {**DEFAULT_TIERS["on-change"], "events": ["config.approved", "config.applied"]},
+}
+"""The defaults, with a snapshot of the state before each approved change as well."""
 
 
 def machine_zone(environ: Mapping[str, str], localtime: Path = LOCALTIME) -> str:
@@ -56,7 +61,7 @@ def contents(directory: Path, found: Sequence[Found], zone: str) -> dict[str, st
         "repository": f"{base}/backups",
         "history": f"{base}/backups/system-history.jsonl",
         "state": f"{base}/var",
-        "tiers": DEFAULT_TIERS,
+        "tiers": STARTING_TIERS,
         "alerts": [],
     }
     files = {

@@ -17,9 +17,10 @@ import pytest
 from backup_worker import alerts, backups
 from backup_worker.approval import changes
 from em_bridge import Publisher
+from tests.change_house import BOTH
 from tests.integration.conftest import ValkeyServer
 from tests.integration.parts import Part
-from tests.small_fleet import SmallFleet, until
+from tests.small_fleet import DAILY, SmallFleet, until
 from tests.tools import needs
 
 pytestmark = pytest.mark.valkey
@@ -29,7 +30,7 @@ NEW = b'{"speed": 0.6, "care": 2}\n'
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> SmallFleet:
-    fleet = SmallFleet(tmp_path)
+    fleet = SmallFleet(tmp_path, tiers={"daily": DAILY, "on-change": BOTH})
     quick = {"settle_seconds": 0, "scan_minutes": 0.02}
     fleet.edit("backup_schedule.json", lambda document: document.update(approvals=quick))
     return fleet

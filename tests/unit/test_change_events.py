@@ -17,7 +17,7 @@ from backup_worker.approval.approved import ApprovedStates
 from backup_worker.snapshots import Manifest, NoSpace
 from backup_worker.snapshots.content import copy_hashed
 from em_bridge import events
-from tests.change_house import NEW, OTHER, WEIGHTS, House
+from tests.change_house import BOTH, NEW, OTHER, WEIGHTS, House
 from tests.small_fleet import ON_CHANGE
 
 
@@ -427,3 +427,12 @@ def test_the_em_s_word_does_not_revive_an_expired_proposal(house: House) -> None
     house.write(NEW)
     assert house.apply(approved_by="kari").approved is False
     assert "expired" in house.fleet.history("change")[-1]["why"]
+
+
+def test_an_approval_makes_nothing_in_a_tier_that_does_not_wait_for_it(tmp_path: Path) -> None:
+    house = House(tmp_path, {"on-change": {**BOTH, "events": ["config.applied"]}})
+    house.propose()
+    assert house.approve() == []
+    house.write(NEW)
+    assert house.apply().approved is True
+    assert len(house.fleet.snapshots) == 1

@@ -84,7 +84,12 @@ def test_the_state_folder_is_beside_the_configuration_unless_it_is_named() -> No
 
 def test_a_schedule_without_tiers_has_the_three_of_the_contract() -> None:
     tiers = load(lambda s, a: s.pop("tiers")).schedule.tiers
-    assert tiers == load().schedule.tiers
+    assert tiers["on-change"].events == ["config.applied"]
+    shipped = load().schedule.tiers
+    # The shipped file keeps the state before an approved change, too.
+    assert shipped["on-change"].events == ["config.approved", "config.applied"]
+    both = {"events": ["config.approved", "config.applied"]}
+    assert tiers | {"on-change": tiers["on-change"].model_copy(update=both)} == shipped
 
 
 def test_the_environment_is_read_in_any_text() -> None:

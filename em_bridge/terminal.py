@@ -19,12 +19,10 @@ import typer
 
 from em_bridge.errors import AgentBackupError, RedisUnavailable
 
-ConfigOption = Annotated[
-    Path,
-    typer.Option(
-        "--config", metavar="DIR", envvar="BACKUP_CONFIG", help="Folder of the two configuration files."
-    ),
-]
+_CONFIG = typer.Option(
+    "--config", metavar="DIR", envvar="BACKUP_CONFIG", help="Folder of the two configuration files."
+)
+ConfigOption = Annotated[Path, _CONFIG]
 RedisUrlOption = Annotated[
     str | None,
     typer.Option(
@@ -52,7 +50,9 @@ def new_app(help_text: str) -> typer.Typer:
     )
 
     @app.callback()
-    def before_every_command(config: ConfigOption | None = None, redis_url: RedisUrlOption = None) -> None:
+    def before_every_command(
+        config: Annotated[Path | None, _CONFIG] = None, redis_url: RedisUrlOption = None
+    ) -> None:
         # The options of the command itself win: they read these variables only where they are not given.
         if config is not None:
             os.environ["BACKUP_CONFIG"] = str(config)

@@ -73,7 +73,8 @@ def fault(
         return f"“{signers}” cannot be read: {(error.strerror or str(error)).lower()}"
     try:
         return _fault(statement, raw, who, known, int(at))
-    except NoSshKeygen as error:
+    except AgentBackupError as error:
+        # Of this moment, not of the signature: it is not remembered.
         return error.message
 
 
@@ -107,8 +108,10 @@ def _run(
         )  # fmt: skip
     except FileNotFoundError:
         raise NoSshKeygen from None
-    except subprocess.TimeoutExpired as error:
-        return subprocess.CompletedProcess(error.cmd, 1, b"", b"ssh-keygen did not answer in time")
+    except subprocess.TimeoutExpired:
+        raise AgentBackupError(
+            f"{PROGRAM} did not answer in time", hint="look again when the machine is less busy"
+        ) from None
 
 
 def _said(done: subprocess.CompletedProcess[bytes]) -> str:

@@ -310,3 +310,17 @@ def test_a_key_that_is_none_says_so(tmp_path: Path) -> None:
     (tmp_path / "none").write_text("not a key")
     with pytest.raises(AgentBackupError, match="could not sign"):
         signatures.sign(b"x", tmp_path / "none")
+
+
+def test_a_check_that_got_no_answer_in_time_is_made_again(
+    inbox: Inbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    signature = inbox.sign()
+    hangs = tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\nexec sleep 60\n")
+    hangs.chmod(0o755)
+    with monkeypatch.context() as slow:
+        slow.setattr(signatures, "PROGRAM", str(hangs))
+        slow.setattr(signatures, "_TIMEOUT_S", 0.2)
+        assert inbox.send(signature).decision != APPROVED
+    assert inbox.get().decision == APPROVED

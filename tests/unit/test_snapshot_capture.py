@@ -457,3 +457,21 @@ def test_who_attests_is_asked_about_the_very_bytes_that_were_copied(place: Place
     assert (manifest.approved, manifest.approved_by) == (True, "kari")
     stored = hashlib.sha256(place.stored(manifest.id, "weights.json").read_bytes()).hexdigest()
     assert asked["weights.json"] == stored
+
+
+def test_a_file_that_is_written_whenever_it_is_read_is_named_and_not_stored(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = place.root / "SOUL.md"
+    inode, size, read = busy.stat().st_ino, busy.stat().st_size, os.read
+
+    def written_then(fd: int, count: int) -> bytes:
+        if os.fstat(fd).st_ino == inode:
+            busy.write_bytes(os.urandom(size))
+        return read(fd, count)
+
+    monkeypatch.setattr(os, "read", written_then)
+    made = place.take()
+    assert made.status == "partial"
+    assert [problem.path for problem in made.problems] == ["SOUL.md"]
+    assert "SOUL.md" not in made.by_path()

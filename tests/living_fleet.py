@@ -51,7 +51,8 @@ class Fleet:
     folder: Path
     url: str
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    clock: Callable[[], float] = time.time
+    limits: dict[str, Any] = field(default_factory=dict)
+    """Further `limits` of the schedule."""
 
     def __post_init__(self) -> None:
         (self.folder / "config").mkdir(parents=True)
@@ -60,7 +61,7 @@ class Fleet:
             "repository": "../backups",
             "history": "../backups/system-history.jsonl",
             "state": "../var",
-            "limits": {"reserve_bytes": 0},
+            "limits": {"reserve_bytes": 0} | self.limits,
             "tiers": {"weekly": {"cron": "0 23 * * 0", "include": ["*"], "slot": "%G-W%V", "keep": 50}},
         }
         (self.folder / "config" / "backup_schedule.json").write_text(json.dumps(schedule))

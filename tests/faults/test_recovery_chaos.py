@@ -37,7 +37,7 @@ SAMPLE = [("z",), ("jay", "leroy"), ("z", "jay", "rick", "leroy")]
 
 @pytest.fixture
 def fleet(valkey: ValkeyServer, tmp_path: Path) -> Iterator[Fleet]:
-    fleet = Fleet(tmp_path, valkey.url)
+    fleet = Fleet(tmp_path, valkey.url, limits={"fleet_recoveries": 1000})
     yield fleet
     fleet.close()
 

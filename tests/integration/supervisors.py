@@ -1,7 +1,7 @@
-"""Supervisors for the tests of the adapters: ours, a real supervisord, a small `systemctl`, a small Docker API.
+"""Supervisors for the tests of the adapters: ours, a real supervisord, systemd, a small Docker API.
 
-No systemd and no Docker run where the tests run, so these two are played: what they say has the shape of the real ones,
-and the processes behind it are real.
+No Docker runs where the tests run, so it is played: what it says has the shape of the real one, and the processes
+behind it are real.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from urllib.parse import parse_qs, urlsplit
 import psutil
 import pytest
 
-from backup_worker.recovery.adapters import systemd
+from tests.integration.systemds import RealSystemd, SmallSystemd
 from tests.living_fleet import wait_for
 
 PASSWORD = "se:cret"  # not one of anybody
@@ -123,138 +123,6 @@ class RealSupervisord:
             self.process.wait()
         self.socket.unlink(missing_ok=True)
         (self.folder / "log").unlink(missing_ok=True)
-
-
-SYSTEMCTL = '''#!%s
-import json, os, pathlib, signal, subprocess, sys
-import psutil
-
-units = pathlib.Path(%r)
-words = [word for word in sys.argv[1:] if not word.startswith("-")]
-verb, unit = words[0], words[-1]
-file = units / (unit + ".json")
-if not units.exists():
-    sys.exit("Failed to connect to bus: Host is down")
-if not file.exists():
-    if verb == "show":
-        print("LoadState=not-found\\nActiveState=inactive\\nSubState=dead\\nMainPID=0\\nControlGroup=")
-        sys.exit(0)
-    print(f"Failed to {verb} {unit}: Unit {unit} not found.", file=sys.stderr)
-    sys.exit(5)
-facts = json.loads(file.read_text())
-
-def alive(process):
-    return process.status() != psutil.STATUS_ZOMBIE
-
-def members():
-    """Those that a control group holds: whatever descends from the start, known by its invocation."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("INVOCATION_ID") == facts.get("invocation", "none") and alive(process):
-                found.append(process)
-        except (psutil.Error, OSError):
-            pass
-    return found
-
-def send(signum):
-    for process in members():
-        try:
-            process.send_signal(signum)
-            if signum == signal.SIGTERM:
-                process.send_signal(signal.SIGCONT)
-        except psutil.Error:
-            pass
-
-def keep():
-    file.write_text(json.dumps(facts))
-
-if verb == "show":
-    inside = members()
-    main = [one for one in inside if one.pid == facts.get("pid")]
-    state = "active" if main else "inactive"
-    if facts.get("stopping"):
-        state = "deactivating" if inside else "inactive"
-    group = pathlib.Path(%r) / "system.slice" / unit
-    group.mkdir(parents=True, exist_ok=True)
-    (group / "cgroup.procs").write_text("".join(f"{one.pid}\\n" for one in inside))
-    print("LoadState=loaded", f"ActiveState={state}", "SubState=running", sep="\\n")
-    print(f"MainPID={main[0].pid if main else 0}", f"ControlGroup=/system.slice/{unit}", sep="\\n")
-    status = facts.get("status")
-    print(f"ExecMainCode={0 if status is None else 1 if status >= 0 else 2}")
-    print(f"ExecMainStatus={abs(status or 0)}")
-elif verb == "start":
-    facts |= {"stopping": False, "invocation": os.urandom(8).hex()}
-    log = open(units / (unit + ".log"), "ab")
-    env = {**os.environ, **facts["env"], "INVOCATION_ID": facts["invocation"]}
-    facts.pop("status", None)
-    started, told = os.pipe()
-    if os.fork() == 0:
-        os.setsid()
-        for number in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        try:
-            child = subprocess.Popen(facts["command"], cwd=facts["root"], env=env, stdout=log, stderr=log, stdin=-3,
-                                     start_new_session=True)
-            facts["pid"] = child.pid
-        except OSError as error:
-            log.write(str(error).encode())
-            facts["pid"] = 0
-        keep()
-        os.close(told)
-        if facts["pid"]:
-            status = child.wait()
-            facts = json.loads(file.read_text()) | {"status": status}
-            keep()
-        os._exit(0)
-    os.close(told)
-    os.read(started, 1)
-elif verb == "stop":
-    facts["stopping"] = True
-    keep()
-    send(signal.SIGTERM)
-elif verb == "kill":
-    send(signal.SIGKILL)
-'''
-
-JOURNALCTL = """#!/bin/sh
-for word in "$@"; do
-  case "$word" in
-    --unit=*) unit=${word#--unit=} ;;
-    --lines=*) lines=${word#--lines=} ;;
-  esac
-done
-exec tail -n "$lines" %s/"$unit".log
-"""
-
-
-class SmallSystemd:
-    """A `systemctl` and a `journalctl` on the PATH: no systemd runs where the tests run."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.units = folder / "units"
-        self.units.mkdir()
-        groups = folder / "cgroups"
-        programs = folder / "bin"
-        programs.mkdir()
-        (programs / "systemctl").write_text(SYSTEMCTL % (sys.executable, str(self.units), str(groups)))
-        (programs / "journalctl").write_text(JOURNALCTL % self.units)
-        for program in programs.iterdir():
-            program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-        monkeypatch.setattr(systemd, "CGROUPS", groups)
-
-    def keep(self, name: str, command: list[str], root: Path, env: Mapping[str, str]) -> None:
-        unit = {"command": command, "root": str(root), "env": dict(env)}
-        (self.units / f"{name}.service.json").write_text(json.dumps(unit))
-
-    def start_of(self, name: str) -> dict[str, Any]:
-        return {"systemd": {"unit": f"{name}.service"}}
-
-    def go_away(self) -> None:
-        self.units.rename(self.units.with_name("gone"))
-
-    def close(self) -> None: ...
 
 
 class SmallDocker:
@@ -412,5 +280,6 @@ KINDS: dict[str, type[Supervisor]] = {
     "command": Ourselves,
     "supervisord": RealSupervisord,
     "systemd": SmallSystemd,
+    "systemd, real": RealSystemd,
     "docker": SmallDocker,
 }

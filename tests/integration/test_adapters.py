@@ -19,7 +19,8 @@ from backup_worker.recovery.adapters.supervised import AdapterError
 from em_bridge.errors import AgentBackupError
 from tests.integration.conftest import ValkeyServer, free_port
 from tests.integration.programs import FAMILY, POLITE, READY, SLEEPER, URL, Place, is_alive
-from tests.integration.supervisors import KINDS, PASSWORD, RealSupervisord, SmallSystemd, Supervisor
+from tests.integration.supervisors import KINDS, PASSWORD, RealSupervisord, Supervisor
+from tests.integration.systemds import RealSystemd, SmallSystemd
 from tests.integration.test_recovery_machine import cli
 from tests.living_fleet import Fleet, steps, wait_for
 
@@ -308,6 +309,47 @@ def test_supervisord_is_reached_over_tcp_with_a_password_that_is_never_shown(
 
 
 # ── systemd ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+only_real_systemd = pytest.mark.parametrize("kept", ["systemd, real"], indirect=True)
+
+
+def kept_by_systemd(kept: Kept, program: str, options: str, env: dict[str, str]) -> Adapter:
+    assert isinstance(kept.supervisor, RealSystemd)
+    agent = kept.place.agent(program)
+    kept.supervisor.keep("z", list(agent.command), agent.root, env, options)
+    return kept.again()
+
+
+@only_real_systemd
+def test_what_systemd_starts_again_and_again_is_held_down(kept: Kept) -> None:
+    adapter = kept_by_systemd(kept, SLEEPER, "Restart=always\nRestartSec=0.1\n", kept.env)
+    os.kill(kept.start(adapter), signal.SIGKILL)
+    wait_for(lambda: len(kept.place.pids) == 2, "the restart")
+    adapter.stop(term_grace_s=5)
+    time.sleep(0.5)
+    assert kept.place.alive() == []
+    assert adapter.running() == []
+
+
+@only_real_systemd
+def test_what_systemd_is_about_to_start_counts_as_running(kept: Kept) -> None:
+    program = READY + "ready(); sys.exit(3)"
+    adapter = kept_by_systemd(kept, program, "Restart=always\nRestartSec=600\n", kept.env)
+    kept.start(adapter)
+    wait_for(lambda: any("auto-restart" in str(one) for one in adapter.running()), "the pause before it")
+    adapter.stop(term_grace_s=1)
+    assert adapter.running() == []
+
+
+@only_real_systemd
+def test_what_only_the_control_group_knows_runs_and_is_ended(kept: Kept) -> None:
+    adapter = kept_by_systemd(kept, FAMILY, "KillMode=process\n", {})
+    main = kept.start(adapter, ready=3)
+    os.kill(main, signal.SIGKILL)
+    wait_for(lambda: not is_alive(main), "its end")
+    assert {one.pid for one in adapter.running()} == set(kept.place.pids) - {main}
+    adapter.stop(term_grace_s=0.5)
+    assert kept.place.alive() == []
 
 
 def test_a_user_unit_is_asked_of_the_users_own_manager(

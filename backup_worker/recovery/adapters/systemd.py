@@ -6,6 +6,7 @@ automatic restart is `activating`, so it is not down.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
@@ -25,7 +26,8 @@ from backup_worker.recovery.adapters.supervised import (
 DOWN = frozenset({"inactive", "failed"})
 """The other states are `active`, `reloading`, `activating`, `deactivating`, `maintenance`, `refreshing`."""
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS = tuple(map(Path, ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd")))
+"""Where the control groups are: version 2 alone, beside version 1, and version 1 alone."""
 
 
 class SystemdAdapter(Supervised):
@@ -65,17 +67,12 @@ class SystemdAdapter(Supervised):
         return list(found.values())
 
     def _in_group(self) -> list[int]:
-        if not self._control_group.strip("/"):
-            return []
-        folder = CGROUPS / self._control_group.strip("/")
+        group = self._control_group.strip("/")
         pids: list[int] = []
-        for place, _, names in os.walk(folder):
-            if "cgroup.procs" in names:
-                try:
-                    pids += map(int, (Path(place) / "cgroup.procs").read_text().split())
-                except OSError:
-                    # The group went away with its last process.
-                    continue
+        for place in (place for top in CGROUPS if group for place, _, _ in os.walk(top / group)):
+            # A group goes away with its last process.
+            with contextlib.suppress(OSError):
+                pids += map(int, (Path(place) / "cgroup.procs").read_text().split())
         return pids
 
     def ask_stop(self, term_grace_s: float) -> None:

@@ -333,9 +333,8 @@ def test_what_systemd_starts_again_and_again_is_held_down(kept: Kept) -> None:
 
 @only_real_systemd
 def test_what_systemd_is_about_to_start_counts_as_running(kept: Kept) -> None:
-    program = READY + "ready(); sys.exit(3)"
-    adapter = kept_by_systemd(kept, program, "Restart=always\nRestartSec=600\n", kept.env)
-    kept.start(adapter)
+    adapter = kept_by_systemd(kept, "raise SystemExit(3)", "Restart=always\nRestartSec=600\n", kept.env)
+    adapter.start(redis_url=URL)
     wait_for(lambda: any("auto-restart" in str(one) for one in adapter.running()), "the pause before it")
     adapter.stop(term_grace_s=1)
     assert adapter.running() == []

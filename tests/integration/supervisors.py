@@ -1,7 +1,7 @@
 """Supervisors for the tests of the adapters: ours, a real supervisord, systemd, a small Docker API.
 
-No Docker runs where the tests run, so it is played: what it says has the shape of the real one, and the processes
-behind it are real.
+Where no Docker runs it is only played: what it says has the shape of the real one, and the processes behind it are
+real.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import socketserver
 import subprocess
@@ -276,10 +277,59 @@ class Container:
         return 204, None
 
 
+DOCKER = Path(os.environ.get("DOCKER_SOCKET", "/var/run/docker.sock"))
+
+
+class RealDocker:
+    """Containers of the engine that runs here, on the host's own files and pids; skips the test where none runs."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Cut off by itself: the engine is not ours to stop.
+        self.socket = Path(f"/tmp/docker-{os.getpid()}-{id(self):x}.sock")
+        self.made: set[str] = set()
+        if not shutil.which("docker") or not DOCKER.is_socket():
+            pytest.skip(f"no engine of Docker runs here, at {DOCKER}")
+        self.socket.symlink_to(DOCKER)
+        nothing = bytes(10240)  # an archive without a file
+        self._docker("import", "-", "agent-backup-nothing", input=nothing)
+
+    def _docker(self, *words: str, **options: Any) -> None:
+        argv = ["docker", "--host", f"unix://{DOCKER}", *words]
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, **options)
+
+    def _name(self, name: str) -> str:
+        return f"{self.socket.stem}-{name}"
+
+    def keep(self, name: str, command: list[str], root: Path, env: Mapping[str, str]) -> None:
+        self._forget(name)
+        options = ["--pid=host", "--network=host", f"--workdir={root}"]
+        options += [f"--env={key}={value}" for key, value in env.items()]
+        own = [one for one in Path("/").iterdir() if one.is_dir() and one.name not in ("dev", "proc", "sys")]
+        options += [f"--volume={one}:{one}" for one in own]
+        self._docker("create", "--name", self._name(name), *options, "agent-backup-nothing", *command)
+        self.made.add(name)
+
+    def _forget(self, name: str) -> None:
+        if name in self.made:
+            self._docker("rm", "--force", self._name(name))
+
+    def start_of(self, name: str) -> dict[str, Any]:
+        return {"docker": {"container": self._name(name), "server": f"unix://{self.socket}"}}
+
+    def go_away(self) -> None:
+        self.socket.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.go_away()
+        for name in self.made:
+            self._forget(name)
+
+
 KINDS: dict[str, type[Supervisor]] = {
     "command": Ourselves,
     "supervisord": RealSupervisord,
     "systemd": SmallSystemd,
     "systemd, real": RealSystemd,
     "docker": SmallDocker,
+    "docker, real": RealDocker,
 }

@@ -16,7 +16,7 @@ from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from werkzeug.exceptions import HTTPException
 
 from backup_worker import alerts
-from backup_worker.approval import approvals, changes
+from backup_worker.approval import changes
 from backup_worker.console import (
     actions,
     feed,
@@ -71,6 +71,16 @@ def create_app(runtime: Runtime, *, loopback: bool = True) -> Flask:
     return app
 
 
+def warm(app: Flask) -> None:
+    """Have ready what the first page would otherwise wait for: snapshots, heartbeats, compiled templates."""
+    with app.app_context():
+        here = view()
+        here.live.shelf.heads(here.runtime.repository)
+        here.known(here.live.beats.read, None)
+        for name in app.jinja_env.list_templates(extensions=["html"]):
+            app.jinja_env.get_template(name)
+
+
 def _check_access(app: Flask) -> None:
     """Refuse to start with an address that the table of roles does not name, or a name without an address."""
     known = {rule.endpoint for rule in app.url_map.iter_rules()}
@@ -99,13 +109,10 @@ def _badges() -> dict[str, int]:
     """Return how much waits on which page, for the numbers beside their names."""
     here = view()
     alone = [one for one in here.known(alerts.open_alerts, []) if one.acknowledged_at is None]
-    rules = approvals.rules(here.config)
-    known = here.known(lambda client: changes.all_changes(client, rules), [])
-    proposed = [one for one in known if one.state == changes.PROPOSED]
     return {
         "incidents": here.known(lambda client: len(IncidentStore(client).open_ids()), 0),
         "alerts": len(alone),
-        "changes": len(proposed),
+        "changes": sum(one.state == changes.PROPOSED for one in here.changes),
     }
 
 

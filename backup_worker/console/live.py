@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import redis.exceptions
 from flask import current_app, g
 
+from backup_worker.approval import approvals, changes
 from backup_worker.config import ConfigWatch
 from backup_worker.console.background import Background
 from backup_worker.console.beats import Beats
@@ -70,17 +71,12 @@ class Live:
             error = self._watch.error
             return self._watch.current, error.message if error else None
 
-    def warm(self) -> None:
-        """Read the snapshots before anybody asks for them."""
-        self.shelf.warm(self.runtime(self._watch.current, None).repository)
-
     def runtime(self, config: Config, client: Redis | None) -> Runtime:
         """Return a runtime of `config` on `client`."""
         return Runtime(config, client, self._url)
 
     def close(self) -> None:
         """Begin nothing any more."""
-        self.shelf.close()
         self.drifts.close()
         self.works.close()
 
@@ -94,6 +90,7 @@ class View:
     now: float
     redis_problem: str | None
     config_problem: str | None
+    _changes: list[changes.Change] | None = None
 
     @classmethod
     def open(cls, live: Live) -> View:
@@ -129,6 +126,14 @@ class View:
     def heads(self) -> list[Head]:
         """The snapshots, oldest first."""
         return self.live.shelf.heads(self.runtime.repository)
+
+    @property
+    def changes(self) -> list[changes.Change]:
+        """Every change of weights, rules or charter, the newest first; asked once a request."""
+        if self._changes is None:
+            rules = approvals.rules(self.config, self.now)
+            self._changes = self.known(lambda client: changes.all_changes(client, rules), [])[::-1]
+        return self._changes
 
     def known(self, ask: Callable[[Redis], Known], otherwise: Any) -> Known:
         """Return what `ask` learns from Redis, or `otherwise` (an empty thing of that kind) while it is away."""

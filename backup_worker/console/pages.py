@@ -23,6 +23,7 @@ blueprint = Blueprint("pages", __name__)
 LINES_A_PAGE = 100
 AGENTS_A_PAGE = 48
 CALENDAR_AGENTS = 40
+PROPOSALS_A_PAGE = 10
 _HASHED = ("seq", "at", "kind", "agent", "prev", "hash")
 
 
@@ -115,16 +116,15 @@ def weights_page(agent: str) -> str:
 def changes_page() -> str:
     """Show what waits for a human's word, and what became of the rest."""
     here = view()
-    rules = approvals.rules(here.config, here.now)
-    found = here.known(lambda client: changes.all_changes(client, rules), [])[::-1]
-    waiting = [
-        (one, proposals.compare(one, here.runtime.repository, here.heads))
-        for one in found
-        if one.state == changes.PROPOSED
-    ]
-    decided = [one for one in found if one.state != changes.PROPOSED]
+    # Compared are those on this page alone: it costs a snapshot's file for each of theirs.
+    waiting = paged(
+        [one for one in here.changes if one.state == changes.PROPOSED], PROPOSALS_A_PAGE, "waiting"
+    )
     return render_template(
-        "changes.html", waiting=waiting, page=paged(decided), by_name=not rules.need_signature,
+        "changes.html", waiting=waiting,
+        files={one.change: proposals.compare(one, here.runtime.repository, here.heads) for one in waiting.rows},
+        page=paged([one for one in here.changes if one.state != changes.PROPOSED]),
+        by_name=not approvals.rules(here.config).need_signature,
         signers=here.config.allowed_signers, same_person=changes.same_person,
     )  # fmt: skip
 

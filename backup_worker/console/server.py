@@ -15,7 +15,7 @@ import waitress
 
 from backup_worker.console import feed
 from backup_worker.console.address import checked, is_loopback
-from backup_worker.console.app import create_app
+from backup_worker.console.app import create_app, warm
 from backup_worker.console.live import Live
 from backup_worker.runtime import Runtime
 from em_bridge.errors import UsageError
@@ -45,7 +45,7 @@ def serve(runtime: Runtime, listen: str) -> None:
         ) from error
     shared: Live = app.extensions["backup-worker-live"]
     events: feed.Feed = app.extensions["backup-worker-feed"]
-    shared.warm()
+    shared.works.start("warm", lambda: warm(app))
     log.info("console on http://%s", listen)
     with _ended_by_signals(events.close):
         try:

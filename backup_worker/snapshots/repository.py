@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -119,14 +119,14 @@ class Repository:
             raise SnapshotError(
                 f"snapshot “{identifier}” says of itself that it is “{printable(manifest.id)}”"
             )
-        return self._noted(manifest)
+        return self.noted([manifest])[0]
 
     def get_head(self, identifier: str) -> Head:
         """Return one snapshot without its entries. Raises NotFound if it is gone or unreadable."""
         split_id(identifier)
         try:
             with open(self.path(identifier) / MANIFEST, "rb") as file:
-                return self._noted(read_head(file))
+                return self.noted([read_head(file)])[0]
         except (SnapshotError, OSError) as error:
             raise NotFound(f"there is no snapshot “{identifier}”", hint="see `backup-worker list`") from error
 
@@ -188,8 +188,16 @@ class Repository:
         pairs = (key.split("/") for key in self._notes.keys("failed"))
         return frozenset((pair[1], pair[0]) for pair in pairs if len(pair) == 2)
 
-    def _noted(self, head: AnyHead) -> AnyHead:
-        return replace(head, **self._notes.marks([head.id]).of(head.id, head.created_at))
+    def noted(self, heads: Sequence[AnyHead]) -> list[AnyHead]:
+        """Return `heads` with what is noted of them now: date of verification, pin, damage. One that agrees stays."""
+        marks = self._notes.marks([head.id for head in heads])
+        found = ((head, marks.of(head.id, head.created_at)) for head in heads)
+        return [
+            head
+            if all(getattr(head, name) == value for name, value in noted.items())
+            else replace(head, **noted)
+            for head, noted in found
+        ]
 
     # -- locks --------------------------------------------------------------------------------------------------------
 

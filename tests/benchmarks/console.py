@@ -23,6 +23,7 @@ from flask.testing import FlaskClient
 
 from backup_worker.config import Config, load
 from backup_worker.console import create_app
+from backup_worker.console.app import warm
 from backup_worker.embedded import EmbeddedValkey
 from backup_worker.recovery.incident import RECOVERED, IncidentStore
 from backup_worker.runtime import Runtime
@@ -68,7 +69,7 @@ def pages(settings: Settings) -> Iterator[Table]:
         }
         app = create_app(runtime)
         # As the server does when it starts, before it takes the first request.
-        app.extensions["backup-worker-live"].shelf.heads(runtime.repository)
+        warm(app)
         client = app.test_client()
         title = f"Console: {agents} agents, {agents * slots:,} snapshots"
         table = Table(title, ("page", "first ms", "median ms", "most ms", "processor ms", "size"))

@@ -140,6 +140,18 @@ def test_a_proposed_change_stands_beside_what_is_backed_up(visitor: Visitor) -> 
     assert "backup-worker approve z-weights-7" in page
 
 
+def test_many_proposals_are_compared_and_shown_a_page_at_a_time(valkey: ValkeyServer, tmp_path: Path) -> None:
+    world = make_world(tmp_path / "w", valkey.url, ("z",))
+    for number in range(13):
+        Publisher(world.runtime.redis).config_proposed(f"c{number}", "z", ["SOUL.md"], "em")
+    visitor = Visitor(create_app(world.runtime))
+    first, second = visitor.get("/changes").text, visitor.get("/changes?waiting=2").text
+    shown = [re.findall(r'id="change-\d+">(c\d+)</h2>', page) for page in (first, second)]
+    assert [len(names) for names in shown] == [10, 3]
+    assert sorted(shown[0] + shown[1]) == sorted(f"c{number}" for number in range(13))
+    assert "13 wait for a human" in first
+
+
 def test_the_record_is_shown_filtered_and_verified(visitor: Visitor) -> None:
     page = visitor.get("/history?kind=alert&agent=leroy").text
     assert "daily backup of leroy is missing" in page

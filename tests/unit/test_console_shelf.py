@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -56,20 +57,67 @@ def test_a_new_a_pinned_and_a_removed_snapshot_are_seen(repo: Repository, agent:
     assert [head.id for head in kept.heads(repo)] == [one]
 
 
-def test_a_long_list_is_shown_as_it_was_and_renewed_behind_the_page(
+def test_a_long_list_is_looked_at_once_a_second_and_what_was_done_here_is_seen_at_once(
     repo: Repository, agent: AgentFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shelf, "FEW", 0)
-    monkeypatch.setattr(shelf, "FRESH_S", 0.0)
+    monkeypatch.setattr(shelf, "FRESH_S", 60.0)
     one = take(repo, agent, "2026-01-01")
     kept = Shelf()
     assert [head.id for head in kept.heads(repo)] == [one]
     two = take(repo, agent, "2026-01-02", now=NOW + 1)
-    until(lambda: [head.id for head in kept.heads(repo)] == [one, two])
+    assert [head.id for head in kept.heads(repo)] == [one], "no page looks through 20,000 each time"
     repo.pin(one)
     kept.renew(repo, one)
-    assert kept.heads(repo)[0].pinned, "what was done here is seen at once"
-    kept.close()
+    assert kept.heads(repo)[0].pinned
+    monkeypatch.setattr(shelf, "FRESH_S", 0.0)
+    assert [head.id for head in kept.heads(repo)] == [one, two]
+
+
+def test_only_slots_that_changed_are_read_again(
+    repo: Repository, agent: AgentFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelf, "SETTLED_S", 0.0)
+    for day in range(1, 4):
+        take(repo, agent, f"2026-01-0{day}", now=NOW + day)
+    time.sleep(0.02)
+    kept = Shelf()
+    before = kept.heads(repo)
+    take(repo, agent, "2026-01-04", now=NOW + 4)
+    repo.delete("daily/2026-01-01/z")
+    after = kept.heads(repo)
+    assert [head.slot for head in after] == ["2026-01-02", "2026-01-03", "2026-01-04"]
+    assert (after[0], after[1]) == (before[1], before[2])
+    assert (after[0] is before[1], after[1] is before[2]) == (True, True)
+
+
+def test_a_snapshot_that_comes_within_one_tick_of_the_clock_is_not_missed(
+    repo: Repository, agent: AgentFiles
+) -> None:
+    take(repo, agent, "2026-01-01")
+    slot = repo.root / "daily" / "2026-01-01"
+    tick = slot.stat().st_mtime_ns
+    kept = Shelf()
+    assert len(kept.heads(repo)) == 1
+    other = AgentFiles("jay", agent.root, agent.files, agent.required, agent.exclude)
+    take(repo, other, "2026-01-01")
+    os.utime(slot, ns=(tick, tick))
+    assert {head.agent for head in kept.heads(repo)} == {"z", "jay"}
+
+
+def test_damage_and_dates_of_verification_come_with_the_notes(
+    repo: Repository, agent: AgentFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = take(repo, agent, "2026-01-01"), take(repo, agent, "2026-01-02", now=NOW + 1)
+    kept = Shelf()
+    kept.heads(repo)
+    monkeypatch.setattr(shelf, "SETTLED_S", -3600.0)
+    assert [head.damaged for head in kept.heads(repo)] == [False, False]
+    repo.record_verified(one, now=NOW + 5, ok=False)
+    assert [(head.id, head.damaged) for head in kept.heads(repo)] == [(one, True), (two, False)]
+    repo.record_verified(two, now=NOW + 9, ok=True)
+    monkeypatch.setattr(shelf, "NOTES_S", 0.0)
+    assert [head.verified_at for head in kept.heads(repo)][1] == NOW + 9
 
 
 def test_an_untouched_agent_has_not_drifted(repo: Repository, agent: AgentFiles) -> None:

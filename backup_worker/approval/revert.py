@@ -23,9 +23,9 @@ from backup_worker.approval.approved import ApprovedState, ApprovedStates, Held
 from backup_worker.recovery.locks import acting_on
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Repository, disk
-from backup_worker.snapshots.copying import copy_any
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import from_os_error
+from backup_worker.snapshots.exact_copy import copy_any
 from em_bridge import events, streams
 from em_bridge.errors import AgentBackupError, NotFound
 

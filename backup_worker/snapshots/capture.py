@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from backup_worker.snapshots import parts
-from backup_worker.snapshots.content import opened_ahead
-from backup_worker.snapshots.copier import (
+from backup_worker.snapshots.capture_file import (
     Changed,
-    Copier,
+    FileCapture,
     Previous,
     Sleep,
     Unreadable,
@@ -32,6 +31,7 @@ from backup_worker.snapshots.copier import (
     is_small,
     kind_of,
 )
+from backup_worker.snapshots.content import opened_ahead
 from backup_worker.snapshots.disk import Tree, order
 from backup_worker.snapshots.listing import State, list_scope
 from backup_worker.snapshots.manifest import Entry, Problem
@@ -74,7 +74,7 @@ class Capture:
         sleep: Sleep = clock.sleep,
     ) -> None:
         self.source, self.store, self.scope, self.sleep = source, store, scope, sleep
-        self.copier = Copier(source, store, scratch, previous, sleep)
+        self.files = FileCapture(source, store, scratch, previous, sleep)
         self.done = Captured()
         self._states: dict[str, State] = {}
         self._given_up: dict[str, Problem] = {}
@@ -94,7 +94,7 @@ class Capture:
 
     def take_again(self, paths: list[str]) -> None:
         """Copy `paths` once more, sharing nothing with the previous snapshot."""
-        self.copier.previous = None
+        self.files.previous = None
         for path in paths:
             self._drop(path)
         for path in paths:
@@ -154,7 +154,7 @@ class Capture:
         now = clock.now()
         for path in paths:
             listed = found[path]
-            if entry := self.copier.share(path, listed):
+            if entry := self.files.share(path, listed):
                 self._took(path, entry, listed)
                 shared.append(path)
             elif is_small(listed, now) and not (now - listed.st_mtime < OLD_S and path.endswith(".json")):
@@ -163,7 +163,7 @@ class Capture:
                 rest.append(path)
         for path, fd in opened_ahead(self.source, small, str, from_disk=False):
             listed = found[path]
-            taken = self.copier.copy_small(path, fd, listed, now) if isinstance(fd, int) else None
+            taken = self.files.copy_small(path, fd, listed, now) if isinstance(fd, int) else None
             if taken is not None:
                 self._took(path, taken, listed)
             else:
@@ -191,7 +191,7 @@ class Capture:
 
         for part, (taken, given_up, shared) in in_parts(paths, take):
             for number in shared:
-                self._took(part[number], self.copier.shared(part[number]), found[part[number]])
+                self._took(part[number], self.files.shared(part[number]), found[part[number]])
             for row, state in taken:
                 entry = _from_row(row)
                 self.done.entries[entry.path] = entry
@@ -220,7 +220,7 @@ class Capture:
         entry = entry_of(path, info, target=target, size=0)
         if target is None:
             with contextlib.suppress(OSError, Changed):  # gone or changed meanwhile: the next round sees it
-                if xattrs := self.copier.xattrs(self.source.folder(path)):
+                if xattrs := self.files.xattrs(self.source.folder(path)):
                     entry = replace(entry, xattrs=xattrs)
         self._took(path, entry, info)
 
@@ -231,7 +231,7 @@ class Capture:
             if attempt:
                 self.sleep(min(0.01 * 2 ** (attempt - 1), 0.25))
             try:
-                entry, info = self.copier.copy(path, lambda info: self._twin(path, info))
+                entry, info = self.files.copy(path, lambda info: self._twin(path, info))
             except FileNotFoundError:
                 return
             except Unreadable as error:

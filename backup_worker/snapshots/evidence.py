@@ -13,9 +13,9 @@ from collections.abc import Container
 from pathlib import Path
 
 from backup_worker.snapshots import disk
-from backup_worker.snapshots.copying import as_folder, copy_any, dress
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import NoSpace, SnapshotError, from_os_error
+from backup_worker.snapshots.exact_copy import as_folder, copy_any, dress
 from backup_worker.snapshots.scope import AgentFiles, Scope
 from backup_worker.snapshots.sqlite import COMPANIONS
 from backup_worker.snapshots.together import Sync, Work, alone

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from backup_worker.snapshots import swap
-from backup_worker.snapshots.copying import dress
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import DamagedSnapshot, SnapshotError, from_os_error, printable
 from backup_worker.snapshots.evidence import keeping
+from backup_worker.snapshots.exact_copy import dress
 from backup_worker.snapshots.manifest import Entry
 from backup_worker.snapshots.staging import carry_over, stage, stays_readable
 from backup_worker.snapshots.state import RestorePlan, compare

@@ -13,8 +13,8 @@ import stat
 from collections.abc import Sequence
 
 from backup_worker.snapshots import disk, parts
-from backup_worker.snapshots.copying import as_folder, copy_any, copy_file
 from backup_worker.snapshots.disk import Tree
+from backup_worker.snapshots.exact_copy import as_folder, copy_any, copy_file
 from backup_worker.snapshots.manifest import Entry
 from backup_worker.snapshots.parts import in_parts
 from backup_worker.snapshots.scope import WORKSHOP, Scope

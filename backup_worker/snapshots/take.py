@@ -15,8 +15,8 @@ from typing import Literal
 
 from backup_worker.snapshots import disk
 from backup_worker.snapshots.capture import Capture, Captured
+from backup_worker.snapshots.capture_file import Previous
 from backup_worker.snapshots.content import opened_ahead
-from backup_worker.snapshots.copier import Previous
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import NoSpace, SnapshotError, from_os_error, printable
 from backup_worker.snapshots.hooks import around_backup

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker.snapshots import Manifest, copier, execute, plan_restore, verify_snapshot
+from backup_worker.snapshots import Manifest, capture_file, execute, plan_restore, verify_snapshot
 from backup_worker.snapshots.disk import Tree
 from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves
 
@@ -93,7 +93,7 @@ def test_a_tree_deeper_than_a_path_may_be_long_comes_back(place: Place) -> None:
 
 def aged(place: Place, monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Make every file old enough to be trusted; return the inodes that are read from now on."""
-    monkeypatch.setattr(copier, "TRUST_S", -1.0)
+    monkeypatch.setattr(capture_file, "TRUST_S", -1.0)
     read: set[int] = set()
     real = os.read
 

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from backup_worker.snapshots import (
     Policy,
     capture,
-    copier,
+    capture_file,
     execute,
     heal_snapshot,
     index,
@@ -206,7 +206,7 @@ class Life(RuleBasedStateMachine):
 
 def test_any_order_of_what_can_happen_keeps_the_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "SETTLED_S", 0.0)
-    monkeypatch.setattr(copier, "HOT_S", 0.0)
+    monkeypatch.setattr(capture_file, "HOT_S", 0.0)
     monkeypatch.setattr(index, "WRITE_FROM", 1)
     monkeypatch.setattr(index, "SETTLED_S", -1e9)
     life = Life.TestCase

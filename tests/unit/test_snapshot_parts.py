@@ -15,15 +15,15 @@ from backup_worker.snapshots import (
     AgentFiles,
     DamagedSnapshot,
     Entry,
-    copier,
+    capture_file,
     execute,
     parts,
     plan_restore,
     staging,
     verify_snapshot,
 )
-from backup_worker.snapshots.copying import copy_file
 from backup_worker.snapshots.disk import Tree
+from backup_worker.snapshots.exact_copy import copy_file
 from backup_worker.snapshots.parts import in_parts
 from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves, without_privileges
 
@@ -51,7 +51,7 @@ def filled(base: Path) -> Place:
 def test_a_snapshot_made_by_several_processes_is_the_one_that_one_process_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copier, "TRUST_S", -1.0)
+    monkeypatch.setattr(capture_file, "TRUST_S", -1.0)
     place = filled(tmp_path)
     many = place.take(slot="many", unchanged="link")
     again = place.take(slot="again", now=NOON + 1, unchanged="link")

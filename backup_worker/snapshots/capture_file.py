@@ -54,7 +54,7 @@ class Previous:
     entries: Mapping[str, Entry]
 
 
-class Copier:
+class FileCapture:
     """Copies files from `source` to `store`; `scratch` is how a folder beside it begins, made for work in progress."""
 
     def __init__(

@@ -13,12 +13,12 @@ from backup_worker.recovery import proc
 
 @contextmanager
 def process(env: Mapping[str, str]) -> Iterator[int]:
-    running = subprocess.Popen(["sleep", "60"], env=env)
-    try:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["/bin/sh", "-c", "echo; read line"], env=env, stdin=pipe, stdout=pipe) as running:
+        assert running.stdout is not None
+        # Not before it runs: while it is loaded, it seems to have no environment.
+        running.stdout.readline()
         yield running.pid
-    finally:
-        running.kill()
-        running.wait()
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ from backup_worker.maintenance import maintain
 from backup_worker.queues import ForeignJob
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.recovery.service import RecoveryService
+from backup_worker.restore_orders import Order, carry_out, preview
 from backup_worker.runtime import Runtime
 from em_bridge import clock, events, streams
 from em_bridge.errors import AgentBackupError, NotFound
 
 _WORK_NAMED_BY = {
-    "maintenance": "task", "incident": "incident", "config_change": "entry", "agent_state": "entry",
+    "maintenance": "task", "incident": "incident", "config_change": "entry", "agent_state": "agent",
 }  # fmt: skip
 """Which of its arguments says what a job works on, where another job may do the same work."""
 _LONGEST_NAME = 100
@@ -80,7 +81,7 @@ def config_change(args: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(event, changes.ConfigChange):
         raise AgentBackupError(f"the event {entry} is no config change but “{event.type}”")
     agent = getattr(event, "agent", None) or changes.get(runtime.redis, event.change).agent
-    if passed_on := _passed_on(runtime, agent):
+    if passed_on := _passed_on(runtime, runtime.config.id_of(agent)):
         return passed_on
     snapshots = change_events.handle(runtime, event, entry, now=clock.now())
     runtime.resolve(_failure_key("config_change", args))
@@ -90,9 +91,10 @@ def config_change(args: dict[str, Any]) -> dict[str, Any]:
 def agent_state(args: dict[str, Any]) -> dict[str, Any]:
     """Record an agent's state (`agent`, `state`, `reason`, `at`); a DEAD one is recovered."""
     runtime = _runtime()
-    if passed_on := _passed_on(runtime, args["agent"]):
+    agent = runtime.config.id_of(args["agent"])
+    if passed_on := _passed_on(runtime, agent):
         return passed_on
-    incident = RecoveryService(runtime).on_state(args["agent"], args["state"], args["reason"], args["at"])
+    incident = RecoveryService(runtime).on_state(agent, args["state"], args["reason"], args["at"])
     runtime.resolve(_failure_key("agent_state", args))
     return {"incident": incident}
 
@@ -105,6 +107,19 @@ def incident(args: dict[str, Any]) -> dict[str, Any]:
     advanced = RecoveryService(runtime).advance(args["incident"])
     runtime.resolve(_failure_key("incident", args))
     return {"incident": advanced.id, "state": advanced.state, "phase": advanced.phase}
+
+
+def restore(args: dict[str, Any]) -> dict[str, Any]:
+    """Say what a restore of `agent` from the snapshot `from` would do; with a `mark` of what was said, do it.
+
+    `paths` restrict it; `by` and `reason` go on the record. A failure is a result, which whoever asked looks at.
+    """
+    runtime, order = _runtime(), Order.of_args(args)
+    if passed_on := _passed_on(runtime, order.agent):
+        return passed_on
+    if not (mark := args.get("mark")):
+        return preview(runtime, order).as_result()
+    return carry_out(runtime, order, mark, by=args["by"], reason=args["reason"])
 
 
 def maintenance(args: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def handle(runtime: Runtime, event: changes.ConfigChange, entry: str, *, now: fl
     rules = approvals.rules(runtime.config, now)
     known = changes.get(runtime.redis, event.change, rules)
     # The event's own agent: the record of the change is about what was proposed.
-    agent = _configured(runtime, getattr(event, "agent", known.agent))
+    agent = runtime.config.id_of(getattr(event, "agent", known.agent))
     if not isinstance(event, events.ConfigApplied):
         _record(runtime, event, entry, known)
         made = _back_up(runtime, event, entry, known, agent, now, None) if agent else []
@@ -70,11 +70,6 @@ def handle(runtime: Runtime, event: changes.ConfigChange, entry: str, *, now: fl
     if failure is not None:
         raise failure
     return made
-
-
-def _configured(runtime: Runtime, agent: str) -> str:
-    """Return the agent's name as it is configured: names are unique ignoring case."""
-    return next((name for name in runtime.config.agents if name.lower() == agent.lower()), agent)
 
 
 def _back_up(

@@ -53,6 +53,10 @@ class Config:
         """Return an agent; `NotFound` if there is none of that name."""
         return _named("agent", name, self.agents, self.directory / AGENTS_FILE)
 
+    def id_of(self, name: str) -> str:
+        """Return the agent's id as it is configured (ids are unique ignoring case), or `name` if there is no such agent."""
+        return next((agent for agent in self.agents if agent.lower() == name.lower()), name)
+
     def tier(self, name: str) -> Tier:
         """Return a tier; `NotFound` if there is none of that name."""
         return _named("tier", name, self.schedule.tiers, self.directory / SCHEDULE_FILE)

@@ -169,3 +169,15 @@ def test_the_death_of_an_agent_goes_straight_to_its_host(
     assert waiting(client) == {"recovery.one": 1}
     work_off(valkey, fleet, "recovery.one")
     assert fleet.history("recovery")[0]["agent"] == "z"
+
+
+def test_a_death_told_in_another_case_reaches_the_host_of_the_agent_and_opens_its_incident(
+    valkey: ValkeyServer, client: Redis, fleet: SmallFleet
+) -> None:
+    # Ids are unique ignoring case, so there is nobody else that this could mean.
+    Publisher(valkey.url).agent_state("Z", "DEAD", reason="silent")
+    dispatch(valkey, fleet)
+    work_off(valkey, fleet, queues.RECOVERY)
+    assert waiting(client).get("recovery.one") == 1
+    work_off(valkey, fleet, "recovery.one")
+    assert fleet.history("recovery")[0]["agent"] == "z"

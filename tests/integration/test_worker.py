@@ -368,6 +368,18 @@ def packed(function: str, *args: Any) -> bytes:
     return queues.MsgpackSerializer.dumps((function, None, list(args), {}))
 
 
+def test_states_of_an_agent_that_is_not_configured_are_one_alert_however_often_they_come(
+    valkey: ValkeyServer, client: Redis, fleet: SmallFleet
+) -> None:
+    # An EM that watches more agents than are backed up says so with every state it publishes.
+    for turn, state in enumerate(["ALIVE", "DEAD", "ALIVE"]):
+        args = {"agent": "moe", "state": state, "reason": "", "at": float(turn)}
+        enqueue(client, Planned(queues.MAINTENANCE, "agent_state", args, f"agent-state_{turn}-0", "moe"))
+    work_off(valkey, fleet, queues.MAINTENANCE)
+    (alert,) = alerts.open_alerts(client)
+    assert (alert.key, alert.count) == ("job/agent_state/moe", 3)
+
+
 @pytest.mark.parametrize("case", ["os.system", "pickle", "meta", "garbage", "fields", "method", "zip bomb"])
 def test_a_foreign_job_is_failed_recorded_and_alerted_without_being_loaded(
     case: str, valkey: ValkeyServer, client: Redis, fleet: SmallFleet

@@ -21,8 +21,10 @@ EM: Final = "em"
 ROLES: Final = (EM, "dispatcher", "worker", "scheduler", "watchdog", "console", "operator")
 """The roles of which there is one user each, with the role's name; agents have one user each, `agent-<name>`."""
 
-# Needed by every client: to log in, and for transactions.
-_CONNECT: Final = "+ping +hello +auth +select +reset +client|setinfo +client|setname +multi +exec +discard"
+# Needed by every client: to log in, for transactions, and to know what a replica has.
+_CONNECT: Final = (
+    "+ping +hello +auth +select +reset +client|setinfo +client|setname +multi +exec +discard +wait"
+)
 _APPEND_ONCE: Final = "+eval +evalsha +get +set +xadd ~em:once:*"
 _SEND: Final = "+eval +evalsha +xadd +hget +hmget +hset +hlen +hgetall +hdel"
 _READ_STREAMS: Final = "+xrange +xrevrange +xlen +exists +type +xread +xpending +xinfo|groups +xinfo|stream"

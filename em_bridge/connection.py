@@ -141,7 +141,9 @@ def _through_sentinel(url: str, parts: SplitResult, options: dict[str, Any]) -> 
     unknown = sorted(query.keys() - {"sentinel_username", "sentinel_password"})
     if unknown:
         raise ValueError(f"unknown option “{unknown[0]}”")
-    guard = {"socket_timeout": options["socket_timeout"], "protocol": 2}
+    # A Sentinel that does not answer is not asked again: the next one is.
+    guard: dict[str, Any] = {"socket_timeout": options["socket_timeout"], "protocol": 2}
+    guard |= {"socket_connect_timeout": options["socket_connect_timeout"], "retry": Retry(NoBackoff(), 0)}
     guard |= {key.removeprefix("sentinel_"): value for key, value in query.items()}
     data = dict(
         options, db=int(database or 0), username=unquote(user) or None, password=unquote(password) or None

@@ -22,8 +22,10 @@ from em_bridge.errors import LeaseLost
 from em_bridge.scripts import FENCE, Script
 
 # KEYS: lease, epoch. ARGV: holder, time to live in ms, a holder that is known to be gone (or empty).
-# A lost epoch key starts again from the clock, not from 1: an epoch must never come back.
-_ACQUIRE = Script("""
+# A lost epoch key starts again from the clock, not from 1: an epoch must never come back. So it must not be lost by a
+# fail-over either, behind which another holder would get the same number.
+_ACQUIRE = Script(
+    """
 local held = redis.call('GET', KEYS[1])
 if held == ARGV[1] then
   redis.call('PEXPIRE', KEYS[1], ARGV[2])
@@ -33,7 +35,9 @@ if held and held ~= ARGV[3] then return false end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('SET', KEYS[2], redis.call('TIME')[1]) end
 return tostring(redis.call('INCR', KEYS[2]))
-""")
+""",
+    kept=True,
+)
 
 # A lease that ran out and that nobody took since (the epoch is still ours) may go on.
 _RENEW = Script("""

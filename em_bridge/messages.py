@@ -31,8 +31,10 @@ MAX_LINES: Final = 200
 """Lines remembered per sender. An outbox restored from before the oldest may repeat messages, but never lose one."""
 
 # KEYS: the log, the sender's hash. ARGV: how many confirmed lines, (line, number) of each, how many messages,
-# (line, number, body) of each, the most lines to remember. Numbers are kept as the text they came in.
-_APPEND = Script("""
+# (line, number, body) of each, the most lines to remember. Numbers are kept as the text they came in. `last` is also
+# written when it stays as it was: what is to be kept must write (see `scripts`).
+_APPEND = Script(
+    """
 local log, sender = KEYS[1], KEYS[2]
 local at = 1
 local function take() at = at + 1; return ARGV[at - 1] end
@@ -58,7 +60,8 @@ for _ = 1, number(take()) do
   done = done + 1
 end
 
-for key, seq in pairs(changed) do redis.call('HSET', sender, 'last', last, key, seq) end
+redis.call('HSET', sender, 'last', last)
+for key, seq in pairs(changed) do redis.call('HSET', sender, key, seq) end
 local most = number(ARGV[#ARGV])
 if next(changed) and redis.call('HLEN', sender) > most + 1 then
   local all, lines = redis.call('HGETALL', sender), {}
@@ -69,7 +72,9 @@ if next(changed) and redis.call('HLEN', sender) > most + 1 then
   for i = 1, #lines - math.floor(most / 2) do redis.call('HDEL', sender, lines[i][1]) end
 end
 return {answer, tostring(done), last}
-""")
+""",
+    kept=True,
+)
 
 
 @dataclass(frozen=True, slots=True)

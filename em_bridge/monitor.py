@@ -51,6 +51,7 @@ end
 return 1
 """,
     fenced=True,
+    kept=True,
 )
 
 

@@ -1,8 +1,9 @@
 """The EM's side of the bus: publish agent states and config changes.
 
-Promise: when a call returns, its event stands on its stream exactly once, also if the reply to an attempt was lost.
-While Redis is away the call tries again, with growing pauses, for `patience_s`; then it raises `RedisUnavailable`, and
-whether the last attempt arrived is unknown. A refusal (wrong password, missing right) is raised at once.
+Promise: when a call returns, its event stands on its stream exactly once, also if the reply to an attempt was lost,
+and behind Sentinel also if another server is the primary by then (see `replicas`). While Redis is away the call tries
+again, with growing pauses, for `patience_s`; then it raises `RedisUnavailable`, and whether the last attempt arrived is
+unknown. A refusal (wrong password, missing right) is raised at once.
 """
 
 from __future__ import annotations

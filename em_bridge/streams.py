@@ -1,8 +1,9 @@
 """Stream names, append, append-once, reading in batches, and trimming that loses nothing.
 
 Promise: `append_once` puts an event on its stream once, however often it is repeated with the same `once` within
-`ttl_s`; `trim` never removes an entry that a consumer group has not finished with. Everything here may raise what
-redis-py raises (see `connection.translate_errors`). Entry ids are `str`, times Unix seconds of the server's clock.
+`ttl_s`, and behind Sentinel a replica has it, too, when the call returns; `trim` never removes an entry that a consumer
+group has not finished with. Everything here may raise what redis-py raises (see `connection.translate_errors`). Entry
+ids are `str`, times Unix seconds of the server's clock.
 """
 
 from __future__ import annotations
@@ -58,14 +59,21 @@ def append(client: redis.Redis, event: Event) -> str:
     return _text(client.xadd(event.stream, cast(Any, encode(event))))
 
 
-# The marker and the entry are written by one script: no crash leaves one without the other.
-_APPEND_ONCE = Script("""
+# The marker and the entry are written by one script: no crash leaves one without the other. A repetition writes the
+# marker again as it is: what is to be kept must write (see `scripts`).
+_APPEND_ONCE = Script(
+    """
 local first = redis.call('GET', KEYS[2])
-if first then return first end
+if first then
+  redis.call('SET', KEYS[2], first, 'KEEPTTL')
+  return first
+end
 local id = redis.call('XADD', KEYS[1], '*', 'type', ARGV[1], 'body', ARGV[2])
 redis.call('SET', KEYS[2], id, 'PX', ARGV[3])
 return id
-""")
+""",
+    kept=True,
+)
 
 
 def append_once(client: redis.Redis, event: Event, *, once: str, ttl_s: float = 3600.0) -> str:
@@ -77,9 +85,13 @@ def append_once(client: redis.Redis, event: Event, *, once: str, ttl_s: float = 
 
 # KEYS: marker, then the streams. ARGV: the marker's life in ms, then of each event: which stream, type, body.
 # A script's clock stands still, so the ids on one stream are consecutive: the first of each says them all.
-_APPEND_ALL_ONCE = Script("""
+_APPEND_ALL_ONCE = Script(
+    """
 local before = redis.call('GET', KEYS[1])
-if before then return before end
+if before then
+  redis.call('SET', KEYS[1], before, 'KEEPTTL')
+  return before
+end
 local first = {}
 for at = 2, #ARGV, 3 do
   local stream = tonumber(ARGV[at])
@@ -89,7 +101,9 @@ end
 first = table.concat(first, ' ')
 redis.call('SET', KEYS[1], first, 'PX', ARGV[1])
 return first
-""")
+""",
+    kept=True,
+)
 
 
 def append_all_once(

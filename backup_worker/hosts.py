@@ -8,6 +8,7 @@ must not pass a job to and fro for ever.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,12 @@ PASSED_ON = "passed_on"
 def hosts_of(config: Config) -> dict[str, str]:
     """Return agent -> host, of the agents that have one."""
     return {name: agent.host for name, agent in config.agents.items() if agent.host}
+
+
+def elsewhere(config: Config, agent: str) -> str | None:
+    """Return the host where the files of `agent` are, None if they can be had from here."""
+    host = config.agent(agent).host
+    return host if host and host != socket.gethostname() else None
 
 
 def queues_of(config: Config, host: str) -> list[str]:

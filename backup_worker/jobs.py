@@ -21,6 +21,7 @@ from backup_worker.maintenance import maintain
 from backup_worker.queues import ForeignJob
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.recovery.service import RecoveryService
+from backup_worker.restore_orders import Order, carry_out, preview
 from backup_worker.runtime import Runtime
 from em_bridge import clock, events, streams
 from em_bridge.errors import AgentBackupError, NotFound
@@ -106,6 +107,19 @@ def incident(args: dict[str, Any]) -> dict[str, Any]:
     advanced = RecoveryService(runtime).advance(args["incident"])
     runtime.resolve(_failure_key("incident", args))
     return {"incident": advanced.id, "state": advanced.state, "phase": advanced.phase}
+
+
+def restore(args: dict[str, Any]) -> dict[str, Any]:
+    """Say what a restore of `agent` from the snapshot `from` would do; with a `mark` of what was said, do it.
+
+    `paths` restrict it; `by` and `reason` go on the record. A failure is a result, which whoever asked looks at.
+    """
+    runtime, order = _runtime(), Order.of_args(args)
+    if passed_on := _passed_on(runtime, order.agent):
+        return passed_on
+    if not (mark := args.get("mark")):
+        return preview(runtime, order).as_result()
+    return carry_out(runtime, order, mark, by=args["by"], reason=args["reason"])
 
 
 def maintenance(args: dict[str, Any]) -> dict[str, Any]:

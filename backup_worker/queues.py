@@ -45,7 +45,7 @@ OF_A_HOST = (RECOVERY, BACKUP)
 
 ALLOWED = frozenset(
     f"backup_worker.jobs.{name}"
-    for name in ("backup", "config_change", "agent_state", "incident", "maintenance")
+    for name in ("backup", "config_change", "agent_state", "incident", "restore", "maintenance")
 )
 """The only functions that a worker runs, by their full names."""
 

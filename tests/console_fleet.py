@@ -234,10 +234,10 @@ def served(world: World, *, loopback: bool = True) -> Iterator[str]:
 
 
 @contextmanager
-def worker(world: World, queue: str = "backup") -> Iterator[subprocess.Popen[bytes]]:
+def worker(world: World, queue: str = "backup", *words: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a real worker process on one queue."""
     command = [sys.executable, "-m", "backup_worker", "worker", "--config", str(world.config_dir),
-               "--redis-url", world.url, "--queue", queue, "--processes", "1"]  # fmt: skip
+               "--redis-url", world.url, "--queue", queue, "--processes", "1", *words]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until(lambda: connect(world.url).smembers("rq:workers"))

@@ -1,7 +1,8 @@
 """How far an agent has moved from its newest good state: the files that a recovery now would change or lose.
 
 Found in the background, a few agents at a time, and shown with the time of the look; a file with the size and the time
-of the last backup counts as unchanged without being read. An agent whose files cannot be read from here has no drift.
+of the last backup counts as unchanged without being read. An agent whose files cannot be read from here, or are on
+another host, has no drift.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from backup_worker import hosts
 from backup_worker.console.background import Background
 from backup_worker.snapshots import plan_restore
 from backup_worker.snapshots.disk import Tree, walk
@@ -82,6 +84,8 @@ class Drifts:
         """Return what is known of `agents`, and have what is too old looked at again."""
         now = clock.monotonic()
         for name in agents:
+            if hosts.elsewhere(runtime.config, name):
+                continue
             if now - self._found.get(name, (-FRESH_S, None))[0] >= FRESH_S:
                 self._background.start(name, lambda name=name: self._look(runtime, name))  # type: ignore[misc]
         known = {name: self._found[name][1] for name in agents if name in self._found}

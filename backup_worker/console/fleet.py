@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from backup_worker import alerts, proofs, queues, schedule
+from backup_worker import alerts, hosts, proofs, queues, schedule
 from backup_worker.config import AgentConfig, Tier
 from backup_worker.console.beats import Bars
 from backup_worker.console.drift import Drift
@@ -89,6 +89,8 @@ class Detail:
     proof: proofs.Note | None
     proof_overdue: bool
     drift: Drift | None
+    host: str | None
+    """The other host where its files are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,7 @@ def details(view: View, cards: Sequence[Card]) -> dict[str, Detail]:
             note,
             proven_at is not None and view.now - proven_at > limit_s,
             drifts.get(card.name),
+            hosts.elsewhere(view.config, card.name),
         )
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 from flask import Blueprint, Response, flash, g, redirect, render_template, url_for
 from werkzeug.wrappers import Response as AnyResponse
 
-from backup_worker import alerts
+from backup_worker import alerts, hosts
 from backup_worker.console.actions import note, with_redis
 from backup_worker.console.files import attachment, tar_of_folder
 from backup_worker.console.live import View, view
@@ -67,8 +67,8 @@ def page(identifier: str) -> str:
     )
     return render_template(
         "incident.html", incident=incident, attempts=_attempts(incident), waves=_waves(here, going_on), open=going_on,
-        log_lines=_log_lines(here, incident.agent), alerts=_open_alerts(here, incident.agent),
-        evidence=_evidence_folder(here, incident),
+        log_lines=_log_lines(here, incident.agent), host=_host_of(here, incident.agent),
+        alerts=_open_alerts(here, incident.agent), evidence=_evidence_folder(here, incident),
     )  # fmt: skip
 
 
@@ -90,6 +90,10 @@ def _log_lines(here: View, agent: str) -> list[str]:
     return []
 
 
+def _host_of(here: View, agent: str) -> str | None:
+    return hosts.elsewhere(here.config, agent) if agent in here.config.agents else None
+
+
 def _open_alerts(here: View, agent: str) -> list[alerts.OpenAlert]:
     keys = {f"{kind}/{agent}" for kind in PAGES}
     return [
@@ -109,7 +113,10 @@ def evidence(identifier: str) -> Response:
     incident = IncidentStore(here.runtime.redis).get(identifier)
     folder = _evidence_folder(here, incident)
     if folder is None:
-        raise NotFound(f"there is no evidence of “{identifier}” here", hint="it is on the host of the agent")
+        raise NotFound(
+            f"there is no evidence of “{identifier}” here",
+            hint="it is on the host of the agent, in the folder that the page of the incident names",
+        )
     note(here, "download", incident=identifier, agent=incident.agent)
     return attachment(_packed(folder, identifier), f"evidence-{identifier}.tar")
 

@@ -1,137 +1,172 @@
 """The restore wizard: what would change and what would be lost, then why, then the agent's name, then it is done.
 
-What is carried out is what was shown: the form carries a mark of it, and if the files have changed meanwhile, the new
-picture is shown instead. A living agent is never overwritten; an incident is offered instead, which stops it first.
+It is seen and done where the agent's files are: here, or by a worker of the agent's host, as a job in that host's
+queue, whose result this page waits for. What is carried out is what was shown; a living agent is never overwritten: an
+incident is offered instead, which stops it first.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import socket
+import secrets
 from concurrent.futures import TimeoutError as StillRunning
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flask import Blueprint, flash, g, redirect, render_template, request, url_for
+from rq.exceptions import NoSuchJobError
+from rq.job import JobStatus
+from werkzeug.wrappers import Response
 
-from backup_worker.console.actions import needed_reason, note
+from backup_worker import hosts, queues
+from backup_worker.console.actions import needed_reason, note, with_redis
 from backup_worker.console.live import View, live, view
-from backup_worker.restores import Restore, running
-from backup_worker.runtime import Runtime
-from backup_worker.snapshots import Changes, RestorePlan, compare
-from backup_worker.snapshots.together import alone
-from em_bridge.errors import AgentBackupError, UsageError
+from backup_worker.dispatcher import Job, rq_job
+from backup_worker.restore_orders import KINDS, Order, Preview, carry_out, preview
+from em_bridge import clock
+from em_bridge.errors import NotFound, UsageError
 
 blueprint = Blueprint("restores", __name__)
 
 WAIT_S = 3.0
 """How long a page waits for a restore; one that takes longer goes on by itself."""
 
-KINDS = ("added", "changed", "removed", "lost")
+LOOKED_EVERY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
-    """What the wizard knows: the plan with what it would change, or why there is none; and who runs."""
+class Asked:
+    """What another host was asked, and its answer: none while it has not come, or what went `wrong`."""
 
-    restore: Restore
-    plan: RestorePlan | None
-    changes: Changes = field(default_factory=Changes)
-    problem: AgentBackupError | None = None
-    alive: tuple[str, ...] = ()
-    blocked: str = ""
-
-    @property
-    def mark(self) -> str:
-        """What stands for exactly this: it differs as soon as anything about it does."""
-        facts = [self.restore.from_id, self.restore.paths, asdict(self.changes)]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether anything would change."""
-        return bool(self.changes.added or self.changes.changed or self.changes.removed)
+    job: str
+    answer: dict[str, Any] | None = None
+    wrong: str = ""
 
 
-def _sight(here: View, identifier: str, agent: str, paths: tuple[str, ...]) -> Sight:
-    config = here.config
-    root = config.agent(agent).root
-    restore = Restore(
-        config, here.runtime.repository, agent, root, True, None, identifier, paths, lambda error: None
+def _order(tier: str, slot: str, agent: str) -> Order:
+    return Order(
+        agent, f"{tier}/{slot}/{agent}", tuple(path for path in request.values.getlist("path") if path)
     )
-    try:
-        plan = restore.plan()
-        changes = compare(plan, root)
-    except AgentBackupError as error:
-        return Sight(restore, None, problem=error)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        return Sight(restore, None, problem=AgentBackupError(f"“{root}” cannot be read: {reason}"))
-    blocked = ""
-    alive: tuple[str, ...] = ()
-    host = config.agent(agent).host
-    if host and host != socket.gethostname():
-        blocked = f"it lives on “{host}”, and this console does not: give the command there"
-    else:
-        try:
-            alive = tuple(str(one) for one in running(config, agent))
-        except AgentBackupError as error:
-            blocked = error.message
-    return Sight(restore, plan, changes, alive=alive, blocked=blocked)
+
+
+def _address(order: Order, asked: str | None = None) -> str:
+    tier, slot, agent = order.from_id.split("/")
+    return url_for("restores.wizard", tier=tier, slot=slot, agent=agent, path=list(order.paths), asked=asked)
 
 
 @blueprint.get("/snapshots/<tier>/<slot>/<agent>/restore")
 def wizard(tier: str, slot: str, agent: str) -> str:
     """Show what a restore from this snapshot would do."""
-    identifier = f"{tier}/{slot}/{agent}"
-    paths = tuple(path for path in request.args.getlist("path") if path)
-    return _page(_sight(view(), identifier, agent, paths), identifier)
+    here, order = view(), _order(tier, slot, agent)
+    if hosts.elsewhere(here.config, agent) is None:
+        return _page(order, seen=preview(here.runtime, order))
+    job = request.args.get("asked", "")
+    asked = _asked(with_redis(), order, job) if job else None
+    answer = asked.answer if asked else None
+    seen = Preview.of_result(answer) if answer is not None and "mark" in answer else None
+    return _page(order, seen=seen, asked=asked)
 
 
-def _page(sight: Sight, identifier: str) -> str:
-    manifest = view().runtime.repository.get(identifier)
-    return render_template("restore.html", sight=sight, snapshot=manifest, kinds=KINDS)
+def _page(order: Order, seen: Preview | None = None, asked: Asked | None = None) -> str:
+    here = view()
+    host = hosts.elsewhere(here.config, order.agent)
+    waits = asked is not None and asked.answer is None and not asked.wrong
+    queue = queues.name_of(queues.BACKUP, host)
+    return render_template(
+        "restore.html", order=order, seen=seen, asked=asked, waits=waits, host=host, kinds=KINDS,
+        snapshot=here.runtime.repository.get(order.from_id),
+        unserved=waits and here.known(lambda client: hosts.unserved(client, {queue: 1}), set()),
+    )  # fmt: skip
+
+
+@blueprint.post("/snapshots/<tier>/<slot>/<agent>/restore/look")
+def look(tier: str, slot: str, agent: str) -> Response:
+    """Have the agent's host say what a restore would do there."""
+    here, order = with_redis(), _order(tier, slot, agent)
+    here.runtime.repository.get_head(order.from_id)
+    return redirect(_address(order, _ask(here, order).job))
 
 
 @blueprint.post("/snapshots/<tier>/<slot>/<agent>/restore")
 def start(tier: str, slot: str, agent: str) -> Any:
     """Restore, if it is what was shown."""
-    here, identifier = view(), f"{tier}/{slot}/{agent}"
-    paths = tuple(path for path in request.form.getlist("path") if path)
-    reason = needed_reason("a restore")
+    here, order = view(), _order(tier, slot, agent)
+    reason, mark = needed_reason("a restore"), request.form.get("mark", "")
     if request.form.get("name", "").strip() != agent:
         raise UsageError(
             f"the name that was typed is not “{agent}”", hint="nothing was done; go back and try again"
         )
-    sight = _sight(here, identifier, agent, paths)
-    if sight.plan is None or sight.alive or sight.blocked:
-        return _page(sight, identifier), 409
-    if request.form.get("mark") != sight.mark:
-        flash("The agent's files have changed since this was shown. Nothing was done; look again.", "warn")
-        return _page(sight, identifier), 409
-    note(here, "restore", id=identifier, agent=agent, paths=list(paths), reason=reason)
+    if hosts.elsewhere(here.config, agent) is not None:
+        # Without a mark the job would only look.
+        return _start_there(with_redis(), order, mark or "none", reason)
+    seen = preview(here.runtime, order)
+    if seen.problem or seen.alive or seen.mark != mark:
+        if not (seen.problem or seen.alive):
+            flash(
+                "The agent's files have changed since this was shown. Nothing was done; look again.", "warn"
+            )
+        return _page(order, seen=seen), 409
+    _note(here, order, reason)
     runtime, who = here.runtime, g.who
-    work = live().works.start(f"restore/{agent}", lambda: _carry_out(runtime, sight.restore, who, reason))
+    work = live().works.start(
+        f"restore/{agent}", lambda: carry_out(runtime, order, mark, by=who, reason=reason)
+    )
     try:
-        result = work.result(WAIT_S)
+        _tell(order, work.result(WAIT_S))
     except StillRunning:
         flash(f"{agent} is being restored; the record will say what came of it.", "info")
-    else:
-        if result["ok"]:
-            flash(
-                f"{agent} is restored: {result['files']} files. What stood there is in {result['evidence']}",
-                "good",
-            )
-        else:
-            flash(f"{agent} was not restored: {result['error']}", "bad")
     return redirect(url_for("pages.snapshot_page", tier=tier, slot=slot, agent=agent))
 
 
-def _carry_out(runtime: Runtime, restore: Restore, who: str, reason: str) -> dict[str, Any]:
+def _start_there(here: View, order: Order, mark: str, reason: str) -> Response:
+    """Have the agent's host restore it."""
+    _note(here, order, reason)
+    return redirect(_address(order, _ask(here, order, mark=mark, by=g.who, reason=reason).job))
+
+
+def _note(here: View, order: Order, reason: str) -> None:
+    note(here, "restore", id=order.from_id, agent=order.agent, paths=list(order.paths), reason=reason)
+
+
+def _tell(order: Order, result: dict[str, Any]) -> None:
+    if not result["ok"]:
+        flash(f"{order.agent} was not restored: {result['error']}", "bad")
+    elif result["evidence"] is None:
+        flash(f"{order.agent} is in that state; there was nothing to do.", "info")
+    else:
+        kept = f"What stood there is in {result['evidence']}"
+        flash(f"{order.agent} is restored: {result['files']} files. {kept}", "good")
+
+
+def _ask(here: View, order: Order, **facts: str) -> Asked:
+    """Put a job into the queue of the agent's host, and wait a moment for what comes of it."""
+    queue = queues.name_of(queues.BACKUP, hosts.elsewhere(here.config, order.agent))
+    name = f"restore_{order.agent}_{secrets.token_hex(6)}"
+    what = "restore" if facts else "what a restore would do to"
+    job = Job(queue, "restore", order.as_args() | facts, name, f"{what} {order.agent}")
+    queues.open_queue(queue, here.runtime.redis).enqueue_many([rq_job(job)])
+    deadline = clock.monotonic() + WAIT_S
+    while True:
+        asked = _asked(here, order, name)
+        if asked.answer is not None or asked.wrong or clock.monotonic() > deadline:
+            return asked
+        clock.sleep(LOOKED_EVERY_S)
+
+
+def _asked(here: View, order: Order, name: str) -> Asked:
+    """Return what came of a job that was asked for `order`. Raises NotFound."""
     try:
-        result = alone(restore.work()).as_json()
-    except AgentBackupError as error:
-        result = {"agent": restore.name, "from": [restore.from_id], "ok": False, "error": error.message}
-    runtime.record("restore", **result, by=who, via="console", reason=reason)
-    return result
+        job = queues.SafeJob.fetch(name, here.runtime.redis, queues.MsgpackSerializer)
+        is_ours = job.func_name == "backup_worker.jobs.restore" and Order.of_args(job.args[0]) == order
+    except (NoSuchJobError, queues.ForeignJob):
+        is_ours = False
+    if not is_ours:
+        raise NotFound("nobody asked this, or the answer is forgotten", hint="ask again")
+    status = job.get_status()
+    if status == JobStatus.FINISHED:
+        answer = job.return_value() or {}
+        if "ok" in answer or "mark" in answer:
+            return Asked(name, answer=answer)
+        return Asked(name, wrong="its agent has moved to another host meanwhile")
+    if status in (JobStatus.FAILED, JobStatus.CANCELED, JobStatus.STOPPED):
+        return Asked(name, wrong=f"the job {name} failed; see the queue “{job.origin}”")
+    return Asked(name)

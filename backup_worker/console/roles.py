@@ -35,7 +35,7 @@ ACCESS: Mapping[str, str] = {
         "favicon",
     ),
     **_all(OPERATOR, "files.", "file archive"),
-    **_all(OPERATOR, "restores.", "wizard start"),
+    **_all(OPERATOR, "restores.", "wizard look start"),
     **_all(OPERATOR, "incidents.", "evidence acknowledge"),
     **_all(OPERATOR, "traffic.", "retry drop replay"),
     **_all(OPERATOR, "actions.", "pin unpin verify acknowledge silence unsilence recover pause resume"),

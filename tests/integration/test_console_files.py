@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import io
@@ -17,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker import alerts, backups
+from backup_worker import alerts, backups, queues
 from backup_worker.console import create_app
 from backup_worker.console.roles import OPERATOR
-from tests.console_fleet import PASSWORD, Visitor, World, make_world, served
+from tests.console_fleet import PASSWORD, Visitor, World, make_world, served, until, worker
 from tests.integration.conftest import ValkeyServer
 
 
@@ -260,32 +261,113 @@ def test_a_living_agent_is_not_overwritten_and_an_incident_is_offered(world: Wor
     world.weights("z").write_text("of the living")
     at = f"/snapshots/{identifier}/restore"
     mark = form(kari.get(at).text)
-    alive = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(60)"], cwd=world.root("z"),
-        env={**os.environ, "AGENT_ID": "z", "AGENT_ROOT": str(world.root("z"))},
-    )  # fmt: skip
-    try:
+    with living(world):
         page = kari.get(at).text
         assert "z is running" in page
         assert "Open an incident" in page
         assert 'name="mark"' not in page
         assert kari.post(at, mark=mark, reason="x", name="z").status_code == 409
         assert world.weights("z").read_text() == "of the living"
+
+
+@contextlib.contextmanager
+def living(world: World) -> Iterator[None]:
+    """Let a process of z live."""
+    alive = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"], cwd=world.root("z"),
+        env={**os.environ, "AGENT_ID": "z", "AGENT_ROOT": str(world.root("z"))},
+    )  # fmt: skip
+    try:
+        yield
     finally:
         alive.kill()
         alive.wait()
 
 
-def test_an_agent_of_another_host_is_not_restored_from_here(world: World, kari: Visitor) -> None:
-    identifier = snapshot(world)
+def move(world: World, host: str) -> None:
     file = world.config_dir / "agents.json"
     document = json.loads(file.read_text())
-    document["agents"]["z"]["host"] = "elsewhere"
+    document["agents"]["z"]["host"] = host
     file.write_text(json.dumps(document))
-    world.weights("z").write_text("not here")
-    page = kari.get(f"/snapshots/{identifier}/restore").text
-    assert "lives on “elsewhere”" in page
+
+
+def test_an_agent_of_another_host_is_seen_and_restored_there_by_a_worker_of_its_host(
+    world: World, kari: Visitor
+) -> None:
+    identifier = snapshot(world)
+    move(world, "elsewhere")
+    before = world.weights("z").read_bytes()
+    world.weights("z").write_text("wiped")
+    at = f"/snapshots/{identifier}/restore"
+    page = kari.get(at).text
+    assert "z lives on “elsewhere”" in page
     assert 'name="mark"' not in page
+    with worker(world, "backup.elsewhere"):
+        seen = kari.get(kari.post(f"{at}/look").location).text
+        assert "1 would be as in the snapshot again" in seen
+        assert "seen on “elsewhere”" in seen
+        assert world.weights("z").read_text() == "wiped", "to look changes nothing"
+        world.weights("z").write_text("wiped again, behind the picture")
+        (world.root("z") / "memory" / "new.md").write_text("precious")
+        late = kari.get(kari.post(at, mark=form(seen), reason="wiped", name="z").location).text
+        assert "its files have changed since this was shown" in late
+        assert (world.root("z") / "memory" / "new.md").exists()
+        mark = form(kari.get(kari.post(f"{at}/look").location).text)
+        done = kari.post(at, mark=mark, reason="wiped", name="z").location
+        assert "z is restored" in kari.get(done).text
+        again = kari.get(kari.post(at, mark=mark, reason="once more", name="z").location).text
+        assert "there was nothing to do" in again
+    assert world.weights("z").read_bytes() == before
+    lines = [(line["by"], line["reason"], line["ok"]) for line in world.runtime.history.read("restore")]
+    assert lines == [("kari", "wiped", True), ("kari", "once more", True)]
+
+
+def test_while_no_worker_of_the_other_host_is_at_work_the_page_says_so_and_what_to_do(
+    world: World, kari: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backup_worker.console.restores.WAIT_S", 0.1)
+    identifier = snapshot(world)
+    move(world, "elsewhere")
+    asked = kari.post(f"/snapshots/{identifier}/restore/look").location
+    page = kari.get(asked).text
+    assert "No worker of that host is at work" in page
+    assert f"backup-worker restore z --from {identifier}" in page
+    with worker(world, "backup.elsewhere"):
+        until(lambda: "Nothing to do" in kari.get(asked).text)
+
+
+def test_a_living_agent_of_another_host_is_not_overwritten_either(world: World, kari: Visitor) -> None:
+    identifier = snapshot(world)
+    move(world, "elsewhere")
+    world.weights("z").write_text("of the living")
+    at = f"/snapshots/{identifier}/restore"
+    with worker(world, "backup.elsewhere"):
+        mark = form(kari.get(kari.post(f"{at}/look").location).text)
+        with living(world):
+            page = kari.get(kari.post(f"{at}/look").location).text
+            assert "z is running" in page
+            assert 'name="mark"' not in page
+            refused = kari.get(kari.post(at, mark=mark, reason="x", name="z").location).text
+            assert "was not restored" in refused
+            assert "is running" in refused
+    assert world.weights("z").read_text() == "of the living"
+
+
+def test_the_answer_to_one_order_is_not_shown_for_another(
+    world: World, kari: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backup_worker.console.restores.WAIT_S", 0.0)
+    identifier = snapshot(world)
+    move(world, "elsewhere")
+    at = f"/snapshots/{identifier}/restore"
+    asked = kari.post(f"{at}/look").location
+    assert kari.get(asked).status_code == 200
+    assert kari.get(f"{asked}&path=SOUL.md").status_code == 404
+    assert kari.get(f"{at}?asked=nothing").status_code == 404
+    queues.open_queue("backup", world.runtime.redis).enqueue_call(
+        "os.system", args=("true",), job_id="foreign"
+    )
+    assert kari.get(f"{at}?asked=foreign").status_code == 404
 
 
 def test_a_damaged_snapshot_is_not_restored(world: World, kari: Visitor) -> None:

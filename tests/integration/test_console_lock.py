@@ -167,8 +167,8 @@ def test_metrics_may_be_read_with_a_name_and_password(world: World, app: Flask) 
 ACTS = frozenset({
     "actions.acknowledge", "actions.pause", "actions.pin", "actions.recover", "actions.resume", "actions.silence",
     "actions.unpin", "actions.unsilence",
-    "actions.verify", "files.archive", "files.file", "incidents.acknowledge", "incidents.evidence", "restores.start",
-    "restores.wizard", "rq_dashboard.compact_queue", "rq_dashboard.delete_job_view", "rq_dashboard.empty_queue",
+    "actions.verify", "files.archive", "files.file", "incidents.acknowledge", "incidents.evidence", "restores.look",
+    "restores.start", "restores.wizard", "rq_dashboard.compact_queue", "rq_dashboard.delete_job_view", "rq_dashboard.empty_queue",
     "rq_dashboard.requeue_all", "rq_dashboard.requeue_job_view", "traffic.drop", "traffic.replay", "traffic.retry",
 })  # fmt: skip
 DECIDES = frozenset({"actions.approve", "actions.reject", "actions.statement"})

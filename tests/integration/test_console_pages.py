@@ -166,6 +166,23 @@ def test_streams_lag_and_dead_letters_are_shown(visitor: Visitor) -> None:
     assert "hello" not in page, "what agents say to each other is not the console's business"
 
 
+def test_what_only_another_host_knows_is_said_and_not_guessed(valkey: ValkeyServer, tmp_path: Path) -> None:
+    world = make_world(tmp_path / "w", valkey.url, ("z",))
+    backups.by_hand(world.runtime, "z", "daily", now=time.time())
+    (world.root("z") / "SOUL.md").write_text("not the z of elsewhere")
+    file = world.config_dir / "agents.json"
+    document = json.loads(file.read_text())
+    document["agents"]["z"]["host"] = "elsewhere"
+    file.write_text(json.dumps(document))
+    visitor = Visitor(create_app(world.runtime))
+    incident = visitor.post("/agents/z/recover", reason="stuck").location
+    for _ in range(3):
+        shown = card(visitor.get("/").text, "z")
+        assert "its files are on “elsewhere”" in shown
+        time.sleep(0.1)
+    assert "Its log is on “elsewhere”" in visitor.get(incident).text
+
+
 def test_nothing_that_others_wrote_becomes_markup(world: World) -> None:
     hostile = '"><script>alert(1)</script>'
     Publisher(world.runtime.redis).config_proposed(

@@ -60,6 +60,7 @@ def test_every_allowed_function_exists_and_nothing_else_of_that_module_is_allowe
         "config_change",
         "agent_state",
         "incident",
+        "restore",
         "maintenance",
     }
 

@@ -12,6 +12,7 @@ first decision that counts stands.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import unicodedata
 from dataclasses import asdict, dataclass, fields, replace
@@ -258,7 +259,7 @@ def _proposed(event: events.ConfigProposed, entry_id: str, at: float) -> Change:
 
 def fold(client: Redis, upto: str = "+") -> None:
     """Take in what is new on the stream, up to entry `upto`."""
-    while True:
+    while _has_news(client, upto):
         with client.pipeline(transaction=True) as pipeline:
             watch: Any = pipeline.watch
             watch(CURSOR)
@@ -266,7 +267,7 @@ def fold(client: Redis, upto: str = "+") -> None:
             start = f"({cursor.decode()}" if cursor else "-"
             rows: Any = pipeline.xrange(streams.CONFIG_CHANGE, start, upto, count=_BATCH)
             if not rows:
-                return
+                continue
             parsed = [(entry_id.decode(), _event(fields)) for entry_id, fields in rows]
             names = {event.change for _, event in parsed if event is not None}
             records = {name: _record(pipeline.hget(_RECORDS, name)) for name in names}
@@ -278,12 +279,18 @@ def fold(client: Redis, upto: str = "+") -> None:
                 if record is not None:
                     pipeline.hset(_RECORDS, name, msgpack.packb(asdict(record)))
             pipeline.set(CURSOR, parsed[-1][0])
-            try:
+            with contextlib.suppress(redis.exceptions.WatchError):
                 pipeline.execute()
-            except redis.exceptions.WatchError:
-                continue
-            if len(rows) < _BATCH:
-                return
+
+
+def _has_news(client: Redis, upto: str) -> bool:
+    """Return whether entries up to `upto` were not taken in: one question, as each look at a record asks it."""
+    with client.pipeline(transaction=False) as asking:
+        asking.get(CURSOR)
+        asking.xrevrange(streams.CONFIG_CHANGE, upto, "-", count=1)
+        cursor, newest = asking.execute()
+    done = streams.id_order(cursor.decode()) if cursor else (0, 0)
+    return bool(newest) and streams.id_order(newest[0][0].decode()) > done
 
 
 def _event(fields: Any) -> ConfigChange | None:

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from backup_worker import due
+from backup_worker.approval import changes
 from backup_worker.config import ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.services import Scheduler
+from em_bridge import streams
 from em_bridge.connection import connect
+from em_bridge.events import ConfigApplied
 from tests.integration.conftest import ValkeyServer
 from tests.small_fleet import SmallFleet
 
@@ -36,6 +39,16 @@ def test_an_idle_scheduler_announces_each_round_once_and_then_hardly_asks(
     # A round of maintenance may begin meanwhile.
     assert calls(client) - before < 60
     assert client.xlen(due.STREAM) <= announced + 4
+
+
+def test_a_change_that_was_taken_in_is_asked_for_in_three_commands(valkey: ValkeyServer) -> None:
+    client = valkey.client()
+    streams.append(client, ConfigApplied("c1", "z", ("weights.json",), "em", "kari"))
+    assert changes.get(client, "c1").agent == "z"
+    before = calls(client)
+    assert changes.get(client, "c1").agent == "z"
+    # One of what was asked for is the statistics themselves.
+    assert calls(client) - before <= 3 + 1
 
 
 def test_an_idle_dispatcher_asks_four_things_a_second(valkey: ValkeyServer) -> None:

@@ -68,7 +68,8 @@ class Sentinels:
 
     @property
     def primary(self) -> ValkeyServer:
-        return next(one for one in self.servers if str(one.port) == self._state(self.ports[0])["port"])
+        port = until(lambda: self._state(self.ports[0]).get("port"))
+        return next(one for one in self.servers if str(one.port) == port)
 
     @property
     def replica(self) -> ValkeyServer:

@@ -40,6 +40,12 @@ class Alert:
     body: str
     agent: str | None = None
 
+    def __post_init__(self) -> None:
+        # They name files, and a file's name need not be text.
+        for name in ("title", "body"):
+            said = getattr(self, name).encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, name, said)
+
 
 @dataclass(frozen=True, slots=True)
 class OpenAlert:

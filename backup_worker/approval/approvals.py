@@ -193,17 +193,22 @@ def compare(
             unseen[path] = digest
         elif digest != wanted and (digest is None or digest not in others.get(path, {})):
             return ruling.refused(f"{path} is not what was approved" if digest else f"{path} is not there")
-    if not unseen or not ruling.entry or client.hsetnx(BOUND, ruling.change, msgpack.packb(unseen)):
+    if not unseen or not ruling.entry or client.hsetnx(BOUND, ruling.change, _packed(unseen)):
         return ruling
     stored = client.hget(BOUND, ruling.change)
     assert isinstance(stored, bytes)
-    first = msgpack.unpackb(stored)
+    first = msgpack.unpackb(stored, unicode_errors="surrogateescape")
     for path, digest in unseen.items():
         if first.get(path) != digest and not (digest and digest in others.get(path, {})):
             return ruling.refused(
                 f"{path} is not what was applied first under this approval, which was given unseen"
             )
     return ruling
+
+
+def _packed(found: Found) -> bytes:
+    # A file's name need not be text.
+    return bytes(msgpack.packb(dict(found), unicode_errors="surrogateescape"))
 
 
 def allowed(client: Redis, rules: Rules, agent: str, after: str) -> dict[str, dict[str, Change]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,9 @@ from backup_worker.runtime import Runtime
 from backup_worker.schedule import slot_name
 from backup_worker.snapshots import Manifest, SnapshotError
 from backup_worker.snapshots.disk import Tree
+from backup_worker.snapshots.errors import printable
 from em_bridge import events, streams
-from em_bridge.errors import AgentBackupError
+from em_bridge.errors import AgentBackupError, InvalidEvent
 
 if TYPE_CHECKING:
     from backup_worker.approval.changes import Change
@@ -100,8 +102,9 @@ def _scan(runtime: Runtime, agent: str, now: float) -> dict[str, Any]:
         current |= _tell(runtime, agent, {path: current[path] for path in fresh}, now)
     _remember(runtime, agent, current)
     _resolve(runtime, agent, known, current)
-    told = sorted(path for path, one in current.items() if one.key)
-    return {"deviating": told, "fresh": sorted(current.keys() - set(told)), "files": len(look.found)}
+    told = [printable(path) for path, one in sorted(current.items()) if one.key]
+    not_yet = [printable(path) for path, one in sorted(current.items()) if not one.key]
+    return {"deviating": told, "fresh": not_yet, "files": len(look.found)}
 
 
 def differences(state: ApprovedState, found: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
@@ -151,7 +154,7 @@ def deviations(runtime: Runtime, agent: str) -> dict[str, Deviation]:
     if runtime.client is None:
         return {}
     rows: Any = runtime.client.hgetall(_DEVIATING + agent)
-    return {path.decode(): Deviation(**msgpack.unpackb(row)) for path, row in rows.items()}
+    return {os.fsdecode(path): Deviation(**msgpack.unpackb(row)) for path, row in rows.items()}
 
 
 def note_unapproved(
@@ -234,7 +237,7 @@ def _tell(runtime: Runtime, agent: str, fresh: Mapping[str, Deviation], now: flo
     )  # fmt: skip
     older = _is_older(runtime, agent, fresh)
     proposed = _propose(runtime, agent, fresh, change, OLDER if older else UNKNOWN)
-    names = ", ".join(sorted(fresh))
+    names = ", ".join(map(printable, sorted(fresh)))
     mend = f"put the approved state back: backup-worker revert {agent}"
     if proposed:
         mend += f"; or look at it (backup-worker changes show {change}), and approve it"
@@ -273,7 +276,7 @@ def _is_older(runtime: Runtime, agent: str, fresh: Mapping[str, Deviation]) -> b
 
 def _digest(agent: str, fresh: Mapping[str, Deviation]) -> str:
     rows = [[agent, path, one.want, one.have, int(one.since)] for path, one in sorted(fresh.items())]
-    return hashlib.sha256(msgpack.packb(rows)).hexdigest()[:12]
+    return hashlib.sha256(msgpack.packb(rows, unicode_errors="surrogateescape")).hexdigest()[:12]
 
 
 def _back_up(runtime: Runtime, agent: str, fresh: Iterable[str], digest: str, now: float) -> str | None:
@@ -302,13 +305,19 @@ def _propose(runtime: Runtime, agent: str, fresh: Mapping[str, Deviation], chang
         return False
     try:
         with Tree(runtime.config.files_of(agent).root, follow=True) as tree:
+            if sum(tree.lstat(path).st_size for path in fresh) > _MOST_PROPOSED:
+                return False
             content = {path: tree.read_bytes(path) for path in fresh}
     except OSError:
         return False
     same = all(hashlib.sha256(content[path]).hexdigest() == one.have for path, one in fresh.items())
-    if not same or sum(map(len, content.values())) > _MOST_PROPOSED:
+    if not same:
         return False
-    event = events.ConfigProposed(change, agent, tuple(sorted(fresh)), FINDER, why, proposed=content)
+    try:
+        event = events.ConfigProposed(change, agent, tuple(sorted(fresh)), FINDER, why, proposed=content)
+    except InvalidEvent:
+        # A name that is not text cannot travel on the bus.
+        return False
     streams.append_once(runtime.redis, event, once=f"guard/{change}", ttl_s=_PROPOSAL_TTL_S)
     return True
 
@@ -319,7 +328,7 @@ def _remember(runtime: Runtime, agent: str, current: Mapping[str, Deviation]) ->
     with runtime.client.pipeline(transaction=True) as pipeline:
         pipeline.delete(_DEVIATING + agent)
         if current:
-            rows: Any = {path: msgpack.packb(asdict(one)) for path, one in current.items()}
+            rows: Any = {os.fsencode(path): msgpack.packb(asdict(one)) for path, one in current.items()}
             pipeline.hset(_DEVIATING + agent, mapping=rows)
         pipeline.execute()
 

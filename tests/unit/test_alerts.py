@@ -308,3 +308,15 @@ def test_a_url_that_apprise_does_not_take_tells_nobody(url: str) -> None:
 def test_a_receiver_is_shown_without_its_secrets(url: str) -> None:
     assert "hunter2" not in receivers.receiver_of(url)
     assert receivers.receiver_of(url).startswith(url.split("://")[0])
+
+
+def test_an_alert_about_a_file_whose_name_is_no_text_is_raised_and_told_with_and_without_redis(
+    client: Redis, history: History, phone: Phone, tmp_path: Path
+) -> None:
+    odd = Alert("suspect/daily/z", "critical", "daily backup of z is suspect", "rules/\udcff.json is no JSON")
+    assert raise_alert(client, odd, now=0.0)
+    deliver_due(client, to("a://"), history, 0.0, policy=AT_ONCE, send=phone)
+    direct = alerts.Direct(to("a://"), history, tmp_path / "state", AT_ONCE, send=phone)
+    assert direct.tell([odd], 0.0) == [odd]
+    assert direct.tell([odd], 1.0) == []
+    assert ["rules/\\udcff.json is no JSON" in body for _, _, body in phone.got] == [True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from backup_worker.approval import guard_rounds, guarded, hints
 from backup_worker.approval.approved import ApprovedStates
 from backup_worker.approval.hints import Hints
 from backup_worker.maintenance import maintain
+from backup_worker.queues import MsgpackSerializer
 from tests.small_fleet import SmallFleet, until
 
 NOW = 1795435200.0
@@ -40,6 +42,29 @@ def test_a_round_looks_at_every_agent_and_one_that_fails_does_not_keep_the_other
     assert found["deviating"] == {"z": ["weights.json"]}
     assert list(found["failed"]) == ["jay"]
     assert "guard/jay" in [alert.key for alert in alerts.open_alerts(client)]
+
+
+def test_a_name_that_is_no_text_is_told_of_and_does_not_keep_the_other_agents_from_being_looked_at(
+    tmp_path: Path, client: Any
+) -> None:
+    fleet = SmallFleet(tmp_path, agents=("jay", "z"))
+    fleet.edit("agents.json", lambda document: document["agents"]["jay"]["files"].update(rules=["rules/**"]))
+    runtime = fleet.runtime(client)
+    maintain.run(runtime, "guard", now=NOW)
+    (fleet.root("jay") / "rules").mkdir()
+    Path(os.fsdecode(os.fsencode(fleet.root("jay") / "rules") + b"/\xff.json")).write_text("{")
+    (fleet.root("z") / "weights.json").write_text("{}")
+    for later_s in (600, 1200):
+        found = maintain.run(runtime, "guard", now=time.time() + later_s)
+        assert found["deviating"] == {"jay": ["rules/\\xff.json"], "z": ["weights.json"]}
+        assert MsgpackSerializer.loads(MsgpackSerializer.dumps(found)) == found
+    told = {
+        alert.key.partition("/")[0]: alert.body
+        for alert in alerts.open_alerts(client)
+        if alert.agent == "jay"
+    }
+    assert "rules/\\xff.json of jay is not what was approved" in told["unapproved"]
+    assert told.keys() == {"unapproved", "suspect"}
 
 
 def test_agents_of_a_host_are_looked_at_there_by_one_job(tmp_path: Path, client: Any) -> None:

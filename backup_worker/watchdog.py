@@ -15,7 +15,7 @@ from typing import Any
 from backup_worker.config import ConfigWatch
 from backup_worker.services import every, stopped_by_signals
 from em_bridge import connection, streams
-from em_bridge.detector import Detector
+from em_bridge.detector import Detector, Transition
 from em_bridge.errors import InvalidEvent
 from em_bridge.events import DEAD, AgentState, Heartbeat, decode
 from em_bridge.lease import Lease, new_holder, process_is_gone
@@ -37,37 +37,41 @@ class Watchdog:
         self.lease = Lease(client, "watchdog", holder=new_holder(), ttl_s=LEASE_S)
         self._detector: Detector | None = None
         self._cursor = "0-0"
+        self._unpublished: list[Transition] = []
 
     def step(self) -> float:
         """Hold the lease or wait for it; read the EM's heartbeats, and publish its death. Returns the pause."""
         self.watch.refresh()
         if self.lease.epoch is None or not self.lease.renew():
-            self._detector = None
+            self._detector, self._unpublished = None, []
             if self.lease.acquire(gone=process_is_gone) is None:
                 return TICK_S
             log.info("watching the EM (epoch %s)", self.lease.epoch)
         if EM not in self.watch.current.agents:
-            self._detector = None
+            self._detector, self._unpublished = None, []
             return TICK_S
         now = streams.server_time(self.client)
         detector = self._detector or self._begin(now)
         self._read_beats(detector)
         changes = detector.tick(now)
+        for change in changes:
+            level = logging.ERROR if change.state == DEAD else logging.INFO
+            log.log(level, "em is %s: %s", change.state, change.reason)
+        # The detector tells of each change once: what a full or failing server does not take now is published later.
+        self._unpublished += changes
         sight = detector.sight(EM)
         if sight is not None and sight.state is not None:
             self.client.hset(streams.STATES, EM, write_record(sight))
-        for change in changes:
-            log.log(
-                logging.ERROR if change.state == DEAD else logging.INFO,
-                "em is %s: %s",
-                change.state,
-                change.reason,
-            )
-            event = AgentState(EM, change.state, change.reason, change.at, change.incarnation)
-            # Once for this epoch and change: a lost reply must not open a second incident.
-            once = f"watchdog/{self.lease.epoch}/{change.state}/{change.at}"
-            streams.append_once(self.client, event, once=once)
+        while self._unpublished:
+            self._publish(self._unpublished[0])
+            self._unpublished.pop(0)
         return TICK_S
+
+    def _publish(self, change: Transition) -> None:
+        event = AgentState(EM, change.state, change.reason, change.at, change.incarnation)
+        # Once for this epoch and change: a lost reply must not open a second incident.
+        once = f"watchdog/{self.lease.epoch}/{change.state}/{change.at}"
+        streams.append_once(self.client, event, once=once)
 
     def _begin(self, now: float) -> Detector:
         """Start watching, with a full grace from `now` for an EM of which nothing is known."""

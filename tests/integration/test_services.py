@@ -548,3 +548,28 @@ def test_a_watchdog_that_is_killed_is_replaced_within_seconds(
     until(lambda: deaths(client), 6)
     time.sleep(1)
     assert len(deaths(client)) == 1
+
+
+def test_a_death_of_the_em_that_a_full_server_does_not_take_is_published_when_there_is_room(
+    valkey: ValkeyServer, client: Redis, with_em: SmallFleet
+) -> None:
+    watchdog = Watchdog(valkey.client(), ConfigWatch(with_em.config_dir))
+    watchdog.step()
+    beat(client, 1)
+    watchdog.step()
+    client.config_set("maxmemory", 1)
+    try:
+
+        def refused() -> bool:
+            with contextlib.suppress(redis.exceptions.OutOfMemoryError):
+                watchdog.step()
+            sight = watchdog._detector.sight("em") if watchdog._detector else None
+            return sight is not None and sight.state == events.DEAD
+
+        until(refused, 6)
+    finally:
+        client.config_set("maxmemory", 0)
+    assert deaths(client) == []
+    watchdog.step()
+    (death,) = deaths(client)
+    assert death.agent == "em"

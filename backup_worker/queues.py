@@ -117,7 +117,11 @@ class SafeJob(Job):
     def restore(self, raw_data: Mapping[bytes, bytes]) -> None:
         """Take over what Redis holds of this job, except what could make a worker run or call something else."""
         try:
-            super().restore(_bounded(raw_data))
+            # RQ unpacks what it finds there without a limit, once more what was unpacked here, and an `exc_info` that
+            # only an RQ before streams has written.
+            fields = {name: value for name, value in raw_data.items() if name != b"exc_info"}
+            super().restore(fields | {b"data": b""} if b"data" in fields else fields)
+            self.data = _unpacked(fields[b"data"])
         except NoSuchJobError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever somebody wrote there, it is judged as a job of theirs
@@ -142,19 +146,16 @@ class SafeJob(Job):
         self._func_name, self._instance, self._args, self._kwargs = name, None, args, kwargs
 
 
-def _bounded(raw: Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:
-    """Return a job's hash with its data unpacked, but never more than `MAX_JOB_BYTES` of it."""
-    data = raw.get(b"data")
-    if data is None:
-        return raw
+def _unpacked(data: bytes) -> bytes:
+    """Return a job's data as they were before RQ has packed them, but never more than `MAX_JOB_BYTES`."""
     inflating = zlib.decompressobj()
     try:
         plain = inflating.decompress(data, MAX_JOB_BYTES)
     except zlib.error:
-        return raw
+        return data
     if inflating.unconsumed_tail:
         raise ValueError(f"its data are more than {MAX_JOB_BYTES} bytes")
-    return {**raw, b"data": plain}
+    return plain
 
 
 # A job that has ended, or waits in the queue again, only left its trace here.

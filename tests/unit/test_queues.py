@@ -80,6 +80,14 @@ def test_more_than_the_limit_is_not_unpacked() -> None:
         MsgpackSerializer.loads(bytes(queues.MAX_JOB_BYTES + 1))
 
 
+def test_what_was_packed_twice_and_errors_that_rq_keeps_elsewhere_are_not_unpacked(client: Any) -> None:
+    large = bytes(queues.MAX_JOB_BYTES * 4)
+    packed = zlib.compress(large)
+    job = job_of(client, zlib.compress(packed), exc_info=packed)
+    assert job.data == packed
+    assert job._exc_info is None
+
+
 def test_callbacks_and_webhooks_of_a_job_are_dropped_when_it_is_read(client: Any) -> None:
     ours = MsgpackSerializer.dumps(("backup_worker.jobs.backup", None, [], {}))
     hooks = '[{"url": "http://127.0.0.1/", "job_status": "finished"}]'

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 from backup_worker.recovery.incident import CURRENT, Incident
+from em_bridge.events import MAX_PAYLOAD_BYTES
 from em_bridge.messages import send_once
 
 if TYPE_CHECKING:
@@ -89,10 +90,11 @@ def leave(root: Path, content: str) -> bool:
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
         file.write(content)
-    folder = root.stat()
-    if os.geteuid() == 0:
-        # The agent may run as somebody else, and has to read it.
-        os.chown(aside, folder.st_uid, folder.st_gid)
+        folder = root.stat()
+        if os.geteuid() == 0:
+            # The agent may run as somebody else, and has to read it. By descriptor: the root is its own, and at the
+            # name there may be a link by now.
+            os.fchown(file.fileno(), folder.st_uid, folder.st_gid)
     aside.replace(target)
     return True
 
@@ -105,5 +107,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def send(client: Redis, incident: Incident, content: str, now: float) -> None:
-    """Put the notice into the message log, for the agent; once for an incident."""
-    send_once(client, SENDER, incident.agent, content.encode(), at=now, line=incident.id)
+    """Put the notice into the message log, for the agent; once for an incident. One that is too long is cut."""
+    # A reason may be as long as an event: that it does not fit into a message is no failure of the recovery.
+    payload = content.encode(errors="replace")[:MAX_PAYLOAD_BYTES].decode(errors="ignore").encode()
+    send_once(client, SENDER, incident.agent, payload, at=now, line=incident.id)

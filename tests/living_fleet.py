@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -199,3 +200,10 @@ def wait_for(
 def steps(incident: Incident) -> list[str]:
     """Return the steps as text: the name, with “!” behind a failed one."""
     return [one.step + ("" if one.ok else "!") for one in incident.steps]
+
+
+def cli(fleet: Fleet, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of ours on the fleet's configuration."""
+    command = [sys.executable, "-m", "backup_worker", *arguments, "--config", str(fleet.folder / "config")]
+    environment = {**os.environ, "REDIS_URL": fleet.url}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)

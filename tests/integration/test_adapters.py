@@ -21,8 +21,7 @@ from tests.integration.conftest import ValkeyServer, free_port
 from tests.integration.programs import FAMILY, POLITE, READY, SLEEPER, URL, Place, is_alive
 from tests.integration.supervisors import KINDS, PASSWORD, RealSupervisord, Supervisor
 from tests.integration.systemds import RealSystemd, SmallSystemd
-from tests.integration.test_recovery_machine import cli
-from tests.living_fleet import Fleet, steps, wait_for
+from tests.living_fleet import Fleet, cli, steps, wait_for
 
 SUPERVISED = [kind for kind in KINDS if kind != "command"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,9 @@ from backup_worker.recovery import breakers
 from backup_worker.recovery.breakers import Pause
 from backup_worker.recovery.incident import DEADLINES, ESCALATED, RECOVERED, Incident
 from tests.integration.conftest import ValkeyServer
-from tests.integration.test_recovery_machine import cli
-from tests.living_fleet import Fleet, steps
+from tests.living_fleet import Fleet, cli, steps
 
 NOW = 1_795_000_000.0
-
-
-@pytest.fixture
-def fleet(valkey: ValkeyServer, tmp_path: Path) -> Iterator[Fleet]:
-    fleet = Fleet(tmp_path, valkey.url)
-    yield fleet
-    fleet.close()
 
 
 def command(fleet: Fleet, *arguments: str, code: int = 0) -> Any:

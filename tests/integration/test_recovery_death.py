@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgpack
 import pytest
@@ -14,16 +13,8 @@ import pytest
 from backup_worker.recovery import witnesses
 from backup_worker.recovery.incident import CONFIRM, CURRENT, ESCALATED, RECOVERED, Incident
 from em_bridge import streams
-from tests.integration.conftest import ValkeyServer
-from tests.integration.test_recovery_machine import worker_that_dies
+from tests.integration.dying_worker import worker_that_dies
 from tests.living_fleet import Fleet, steps, wait_for
-
-
-@pytest.fixture
-def fleet(valkey: ValkeyServer, tmp_path: Path) -> Iterator[Fleet]:
-    fleet = Fleet(tmp_path, valkey.url)
-    yield fleet
-    fleet.close()
 
 
 def told(fleet: Fleet, agent: str, *, last_beat: float | None = None) -> str:

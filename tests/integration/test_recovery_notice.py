@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from backup_worker.approval import change_events
 from backup_worker.recovery import notice
@@ -16,19 +13,10 @@ from backup_worker.recovery.incident import CURRENT, RECOVERED, Incident
 from backup_worker.recovery.notice import FILE, MARK, SENDER
 from em_bridge import Publisher, streams
 from em_bridge.events import ConfigApplied, Message, decode
-from tests.integration.conftest import ValkeyServer
-from tests.integration.test_recovery_machine import cli
-from tests.living_fleet import Fleet, steps
+from tests.living_fleet import Fleet, cli, steps
 
 NOW = 1_795_442_400.0
 """2026-11-23 14:00 in UTC, 15:00 in Oslo."""
-
-
-@pytest.fixture
-def fleet(valkey: ValkeyServer, tmp_path: Path) -> Iterator[Fleet]:
-    fleet = Fleet(tmp_path, valkey.url)
-    yield fleet
-    fleet.close()
 
 
 def messages(fleet: Fleet) -> list[Message]:

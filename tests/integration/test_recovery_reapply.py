@@ -18,8 +18,7 @@ from backup_worker.snapshots import Manifest
 from em_bridge import streams
 from em_bridge.events import ConfigApplied
 from tests.integration.conftest import ValkeyServer
-from tests.integration.test_recovery_machine import cli
-from tests.living_fleet import PROGRAM, Fleet, steps, wait_for
+from tests.living_fleet import PROGRAM, Fleet, cli, steps, wait_for
 
 FLAWED = """
 import os, sys

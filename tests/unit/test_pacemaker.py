@@ -13,12 +13,12 @@ import redis
 from backup_worker.config import Config, load
 from backup_worker.due import STREAM, IncidentDue
 from backup_worker.recovery.incident import (
-    AGAIN_AFTER_S,
     DEADLINES,
     DEPEND,
     ESCALATED,
     FENCE,
     PROVE,
+    QUEUED_AGAIN_S,
     RECOVERED,
     Incident,
     IncidentStore,
@@ -92,9 +92,9 @@ def test_a_job_that_was_lost_is_made_up_for(client: redis.Redis, config: Config)
     incident = opened(client, phase=FENCE)
     pacemaker = Pacemaker(client)
     pacemaker.tick(config, NOW)
-    pacemaker.tick(config, NOW + AGAIN_AFTER_S - 0.1)
+    pacemaker.tick(config, NOW + QUEUED_AGAIN_S - 0.1)
     assert woken(client) == [incident.id]
-    pacemaker.tick(config, NOW + AGAIN_AFTER_S)
+    pacemaker.tick(config, NOW + QUEUED_AGAIN_S)
     assert woken(client) == [incident.id] * 2
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from backup_worker.history.line import checked
 from backup_worker.history.record import History, HistoryUnwritable
+from em_bridge.scripts import Script
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -34,6 +35,14 @@ LOST = "history-lost"
 _WRITER = "backup:history:writer"
 _WRITER_TTL_MS = 60_000
 _BATCH = 200
+
+# Only for the one writer: another that has taken over meanwhile forgets what it has written itself.
+_FORGET = Script("""
+if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+redis.call('LTRIM', KEYS[1], ARGV[2], -1)
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+return 1
+""")
 
 
 def keep(client: Redis, kind: str, now: float, facts: Mapping[str, Any]) -> None:
@@ -62,9 +71,10 @@ def write(client: Redis, history: History, now: float) -> int:
         while rows := _next(client):
             lines = [line for line in map(_line, rows) if line is not None]
             history.extend(lines)
-            client.ltrim(UNWRITTEN, len(rows), -1)
-            client.pexpire(_WRITER, _WRITER_TTL_MS)
             written += len(lines)
+            if not _FORGET(client, (UNWRITTEN, _WRITER), (token, len(rows), _WRITER_TTL_MS)):
+                # The disk took longer than the claim lasts.
+                return written
         dropped: Any = client.get(DROPPED)
         if dropped is not None:
             history.append(LOST, now=now, lines=int(dropped))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fakeredis
 import pytest
 
 from backup_worker import alerts
-from backup_worker.history import kept
+from backup_worker.history import History, HistoryUnwritable, kept
 from backup_worker.maintenance import maintain, record_watch
 from backup_worker.runtime import Runtime
 from em_bridge.errors import UsageError
@@ -101,6 +102,39 @@ def test_while_one_process_writes_what_waits_another_queues_up_behind(
     client.delete(kept._WRITER)
     runtime.record("recovery", step="third")
     assert [line["step"] for line in fleet.history("recovery")] == ["first", "second", "third"]
+
+
+class Disk:
+    """The record on a disk that calls `at_each` before it writes lines."""
+
+    def __init__(self, history: Any, at_each: Any) -> None:
+        self.history, self.at_each = history, at_each
+
+    def extend(self, lines: Any) -> Any:
+        self.at_each()
+        return self.history.extend(lines)
+
+
+def test_a_writer_whose_disk_took_too_long_forgets_nothing_that_is_not_written(
+    fleet: SmallFleet, runtime: Runtime, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "_BATCH", 2)
+    for number in range(6):
+        kept.keep(client, "recovery", 1.0, {"number": number})
+    batches = itertools.chain([None], itertools.repeat(HistoryUnwritable("the disk is full again")))
+
+    def fill() -> None:
+        if problem := next(batches):
+            raise problem
+
+    def take_too_long() -> None:
+        # The claim has run out, and another process writes a batch.
+        client.delete(kept._WRITER)
+        kept.write(client, cast(History, Disk(runtime.history, fill)), 1.0)
+
+    kept.write(client, cast(History, Disk(runtime.history, take_too_long)), 1.0)
+    kept.write(client, runtime.history, 2.0)
+    assert {line["number"] for line in fleet.history("recovery")} == set(range(6))
 
 
 def test_many_lines_are_written_in_batches(fleet: SmallFleet, runtime: Runtime) -> None:

@@ -59,6 +59,11 @@ class Captured:
     problems: list[Problem] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def bytes(self) -> int:
+        """How many bytes of regular files were copied or shared."""
+        return sum(entry.size for entry in self.entries.values())
+
 
 class Capture:
     """One run over one agent's tree. `store` receives the files; `scratch`, made if needed, work in progress."""
@@ -137,8 +142,9 @@ class Capture:
                 self._take_other(path, info)
             else:
                 (files if info.st_nlink < 2 else twins).append(path)
-        if len(files) >= parts.FROM:
-            self._take_in_parts(files, found)
+        sizes = [found[path].st_size for path in files]
+        if parts.are_worth_it(sizes):
+            self._take_in_parts(files, sizes, found)
         else:
             self._take_files(files, found)
         self._take_files(twins, found)
@@ -176,7 +182,7 @@ class Capture:
         self.done.entries[path] = entry
         self._states[path] = state
 
-    def _take_in_parts(self, paths: Sequence[str], found: Found) -> None:
+    def _take_in_parts(self, paths: Sequence[str], sizes: Sequence[int], found: Found) -> None:
         def take(part: Sequence[str]) -> Any:
             shared = set(self._take_files(part, found))
             given_up = [(path, self._given_up[path].problem) for path in part if path in self._given_up]
@@ -189,7 +195,7 @@ class Capture:
             # Of the shared ones all is known there already: their numbers will do.
             return taken, given_up, [number for number, path in enumerate(part) if path in shared]
 
-        for part, (taken, given_up, shared) in in_parts(paths, take):
+        for part, (taken, given_up, shared) in in_parts(paths, sizes, take):
             for number in shared:
                 self._took(part[number], self.files.shared(part[number]), found[part[number]])
             for row, state in taken:

@@ -13,8 +13,8 @@ import stat
 from collections.abc import Iterable
 from dataclasses import replace
 
-from backup_worker.snapshots import disk
-from backup_worker.snapshots.content import CHUNK_BYTES, ReadError, copy_content, write_whole
+from backup_worker.snapshots import disk, large
+from backup_worker.snapshots.content import CHUNK_BYTES, ReadError, write_whole
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.manifest import Entry
 
@@ -50,7 +50,7 @@ def _copy_content(fd: int, out: int, expected: int) -> None:
             write_whole(out, content)
             return
         os.lseek(fd, 0, os.SEEK_SET)
-    copy_content(fd, out, os.fstat(fd).st_size)
+    large.copy(fd, out, os.fstat(fd).st_size)
 
 
 def as_folder(path: str, info: os.stat_result) -> Entry:

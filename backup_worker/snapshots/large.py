@@ -1,7 +1,7 @@
-"""Large files: hashed by one thread while another one writes or reads them, past the page cache.
+"""Large files: read or hashed by one thread while another one writes or reads them, past the page cache.
 
-Hashing and the kernel's input and output both run without the interpreter's lock, so that a large file takes as long as
-the slower of the two. Direct I/O spares the copy into the page cache, which costs more processor time than the hash;
+Hashing and the kernel's input and output all run without the interpreter's lock, so that a large file takes as long as
+the slowest of them. Direct I/O spares the copy into the page cache, which costs more processor time than the hash;
 and what it reads comes from the disk for certain. Where a file system has no direct I/O, the page cache is used. Memory
 is constant. Raises ReadError where the source cannot be read, any other OSError where the target cannot be written.
 """
@@ -14,6 +14,7 @@ import hashlib
 import mmap
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
 
@@ -33,10 +34,33 @@ def copy_hashed(source: int, target: int, size: int) -> tuple[int, str]:
 
     As `content.copy_hashed`, which does it for files that are small or have holes already.
     """
-    info = os.fstat(source)
-    if size < FROM_BYTES or info.st_blocks * 512 < info.st_size:
+    if size < FROM_BYTES or _has_holes(source):
         return content.copy_hashed(source, target, size)
-    digest, position, hole = hashlib.sha256(), 0, False
+    digest = hashlib.sha256()
+    return _pump(source, target, digest.update), digest.hexdigest()
+
+
+def copy(source: int, target: int, size: int) -> None:
+    """Copy from the beginning to the end without hashing; for what is read back and compared afterwards.
+
+    As `content.copy_content`, which does it for files that are small or have holes already.
+    """
+    if size < FROM_BYTES or _has_holes(source):
+        content.copy_content(source, target, size)
+        return
+    # A living agent's file is in the page cache as a rule, a snapshot's is not.
+    _set_direct(source, True)
+    _pump(source, target, None)
+
+
+def _has_holes(source: int) -> bool:
+    info = os.fstat(source)
+    return info.st_blocks * 512 < info.st_size
+
+
+def _pump(source: int, target: int, look: Callable[[memoryview], object] | None) -> int:
+    """Copy, show each block to `look`, and return how many bytes there were."""
+    position, hole = 0, False
     _set_direct(target, True)
     with ThreadPoolExecutor(1) as writer:
         writing: deque[Future[None]] = deque()
@@ -48,13 +72,14 @@ def copy_hashed(source: int, target: int, size: int) -> tuple[int, str]:
                 break
             hole = not block[0] and block[:count] == _ZEROS[:count]
             writing.append(writer.submit(_write, target, block[: 0 if hole else count], position))
-            digest.update(block[:count])
+            if look:
+                look(block[:count])
             position += count
         for each in writing:
             each.result()
     if hole:
         os.ftruncate(target, position)
-    return position, digest.hexdigest()
+    return position
 
 
 def hash_from_disk(fd: int, size: int) -> tuple[int, str]:
@@ -111,10 +136,18 @@ def _set_direct(fd: int, on: bool) -> bool:
     return True
 
 
+def _is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
 def _read(source: int, block: memoryview) -> int:
     try:
         return os.readv(source, [block])
     except OSError as error:
+        if error.errno == errno.EINVAL and _is_direct(source):
+            # The end of a file is rarely at the end of a sector, and not every file system answers there.
+            _set_direct(source, False)
+            return _read(source, block)
         raise ReadError(error.errno, error.strerror) from error
 
 
@@ -125,7 +158,7 @@ def _write(target: int, block: memoryview, at: int) -> None:
         try:
             count = os.pwrite(target, block, at)
         except OSError as error:
-            if error.errno != errno.EINVAL or not fcntl.fcntl(target, fcntl.F_GETFL) & os.O_DIRECT:
+            if error.errno != errno.EINVAL or not _is_direct(target):
                 raise
             # This device wants larger units than are usual.
             _set_direct(target, False)

@@ -22,7 +22,7 @@ from backup_worker.snapshots.exact_copy import dress
 from backup_worker.snapshots.manifest import Entry
 from backup_worker.snapshots.staging import carry_over, stage, stays_readable
 from backup_worker.snapshots.state import RestorePlan, compare
-from backup_worker.snapshots.together import Sync, Work, alone
+from backup_worker.snapshots.together import Sync, Work, alone, weight
 from backup_worker.snapshots.verify import unproven
 from em_bridge.errors import UsageError
 
@@ -148,7 +148,7 @@ class _Replacing:
                     for entry in (*entries, *folders)
                 ]  # fmt: skip
                 dress(staged, (entry for entry in undressed if stays_readable(entry, privileged)))
-                yield Sync(staged.fd, weight=len(self.plan.pieces) + self.plan.bytes // 32768)
+                yield Sync(staged.fd, weight=weight(len(self.plan.pieces), self.plan.bytes))
                 self._prove(staged)
                 if secret := [entry for entry in undressed if not stays_readable(entry, privileged)]:
                     dress(staged, secret)

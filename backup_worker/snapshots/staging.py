@@ -56,8 +56,9 @@ def stage(plan: RestorePlan, staged: Tree) -> list[Entry]:
                     staged.remove(piece.entry.path)
                     copy_file(sources[piece.source], staged, piece.entry, finish=finish)
 
-        if len(files) >= parts.FROM:
-            for _ in in_parts(files, copy):
+        sizes = [piece.entry.size for piece in files]
+        if parts.are_worth_it(sizes):
+            for _ in in_parts(files, sizes, copy):
                 pass
         else:
             copy(files)

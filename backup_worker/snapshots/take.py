@@ -35,7 +35,7 @@ from backup_worker.snapshots.manifest import (
 from backup_worker.snapshots.repository import Repository
 from backup_worker.snapshots.sanity import Limits, Look, judge
 from backup_worker.snapshots.scope import WORKSHOP, AgentFiles
-from backup_worker.snapshots.together import Sync, Work, alone
+from backup_worker.snapshots.together import Sync, Work, alone, weight
 from backup_worker.snapshots.verify import read_all_back
 from em_bridge.errors import NotFound, UsageError
 
@@ -201,7 +201,7 @@ class _Taking:
                 self._check_space(capture.planned_bytes())
                 captured = capture.run()
             look = Look(self.agent, store, self.manifest)
-            yield Sync(store.fd, weight=_weight(captured))
+            yield Sync(store.fd, weight=weight(len(captured.entries), captured.bytes))
             yield from self._prove(capture, store, look)
             manifest = self._describe(store, captured, look)
             return (yield from self._commit(store.fd, snapshot, manifest))
@@ -310,8 +310,3 @@ def _check_papers(snapshot: Path, papers: Mapping[str, bytes]) -> None:
             with open(os.dup(found), "rb", buffering=0) as file:
                 if file.readall() != papers[name]:
                     raise SnapshotError(f"“{name}” came back from the disk changed")
-
-
-def _weight(captured: Captured) -> int:
-    """Return about how many small files' worth of writing was done."""
-    return len(captured.entries) + sum(entry.size for entry in captured.entries.values()) // 32768

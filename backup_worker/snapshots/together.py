@@ -44,6 +44,11 @@ class Sync:
 Work = Generator[Sync, None, T]
 
 
+def weight(files: int, size_bytes: int) -> int:
+    """Return how many small files' worth of work it is to write files of `size_bytes` in all, and to read them back."""
+    return files + size_bytes // 32768
+
+
 @dataclass(slots=True)
 class Outcome:
     """What became of the work number `index`: a result, or the error that ended it."""

@@ -68,7 +68,8 @@ def _examine(repo: Repository, identifier: str) -> list[Problem]:
 def read_all_back(files: Tree, entries: Iterable[Entry], look: Look | None = None) -> list[tuple[Entry, str]]:
     """Do what `read_back` does; many files in several processes at once."""
     wanted = [entry for entry in entries if entry.kind == "file"]
-    if len(wanted) < parts.FROM:
+    sizes = [entry.size for entry in wanted]
+    if not parts.are_worth_it(sizes):
         return list(read_back(files, wanted, look))
 
     def read(part: Sequence[Entry]) -> Any:
@@ -77,7 +78,7 @@ def read_all_back(files: Tree, entries: Iterable[Entry], look: Look | None = Non
         return bad, {entry.path: problems[entry.path] for entry in part if entry.path in problems}
 
     found: list[tuple[Entry, str]] = []
-    for part, (bad, problems) in in_parts(wanted, read):
+    for part, (bad, problems) in in_parts(wanted, sizes, read):
         found += [(entry, bad[entry.path]) for entry in part if entry.path in bad]
         if look:
             look.problems.update(problems)

@@ -33,6 +33,16 @@ def copied(source: Path, target: Path, size: int) -> tuple[int, str]:
         os.close(writing)
 
 
+def plainly_copied(source: Path, target: Path, size: int) -> None:
+    reading = os.open(source, os.O_RDONLY)
+    writing = os.open(target, os.O_WRONLY | os.O_CREAT)
+    try:
+        large.copy(reading, writing, size)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
 def hashed(path: Path, size: int) -> tuple[int, str]:
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -44,7 +54,7 @@ def hashed(path: Path, size: int) -> tuple[int, str]:
 
 def refuse_direct(monkeypatch: pytest.MonkeyPatch, *, when_used: bool) -> None:
     """Make the kernel refuse direct I/O as some file systems do: at once, or only at the first read and write."""
-    real_fcntl, real_pwrite, real_preadv = fcntl.fcntl, os.pwrite, os.preadv
+    real_fcntl, real_pwrite, real_preadv, real_readv = fcntl.fcntl, os.pwrite, os.preadv, os.readv
 
     def refusing(fd: int, command: int, flags: int = 0) -> int:
         if flags & os.O_DIRECT:
@@ -63,6 +73,11 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch, *, when_used: bool) -> None:
         check(fd)
         return real_preadv(fd, blocks, at)
 
+    def readv(fd: int, blocks: list[memoryview]) -> int:
+        check(fd)
+        return real_readv(fd, blocks)
+
+    monkeypatch.setattr(os, "readv", readv)
     if not when_used:
         monkeypatch.setattr(fcntl, "fcntl", refusing)
     monkeypatch.setattr(os, "pwrite", pwrite)
@@ -82,6 +97,8 @@ def test_a_large_file_is_copied_and_read_back_byte_for_byte(
     assert copied(source, target, size) == expected
     assert target.read_bytes() == source.read_bytes()
     assert hashed(target, size) == expected
+    plainly_copied(source, tmp_path / "again", size)
+    assert (tmp_path / "again").read_bytes() == source.read_bytes()
 
 
 def test_blocks_of_zeros_become_holes_also_at_the_end(tmp_path: Path) -> None:
@@ -93,6 +110,11 @@ def test_blocks_of_zeros_become_holes_also_at_the_end(tmp_path: Path) -> None:
     assert copied(source, target, size)[0] == size
     assert target.read_bytes() == source.read_bytes()
     assert target.stat().st_blocks * 512 <= 3 * CHUNK_BYTES
+    for number, holey in enumerate((source, target)):
+        again = tmp_path / f"again-{number}"
+        plainly_copied(holey, again, size)
+        assert again.read_bytes() == source.read_bytes()
+        assert again.stat().st_blocks * 512 <= 3 * CHUNK_BYTES
 
 
 @pytest.mark.parametrize("by", [-CHUNK_BYTES - 5, CHUNK_BYTES + 5])
@@ -102,6 +124,8 @@ def test_a_file_of_another_size_than_was_said_shows_as_such(tmp_path: Path, by: 
     said = 6 * CHUNK_BYTES + by
     assert copied(source, target, said)[0] == 6 * CHUNK_BYTES
     assert target.read_bytes() == source.read_bytes()
+    plainly_copied(source, tmp_path / "again", said)
+    assert (tmp_path / "again").read_bytes() == source.read_bytes()
     assert hashed(source, said)[0] == 6 * CHUNK_BYTES
 
 

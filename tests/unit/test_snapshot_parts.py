@@ -1,4 +1,4 @@
-"""The many files of one agent go through several processes; nothing else about its snapshot is different."""
+"""The many or large files of one agent go through several processes; nothing else about its snapshot is different."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from backup_worker.snapshots import (
     Entry,
     capture_file,
     execute,
+    large,
     parts,
     plan_restore,
     staging,
+    verify,
     verify_snapshot,
 )
 from backup_worker.snapshots.disk import Tree
@@ -98,7 +100,7 @@ def test_a_part_whose_process_was_killed_is_done_again() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return sum(part)
 
-    done = list(in_parts(range(50), work))
+    done = list(in_parts(range(50), [1] * 50, work))
     assert sum(result for _, result in done) == sum(range(50))
     assert sorted(item for part, _ in done for item in part) == list(range(50))
 
@@ -108,8 +110,34 @@ def test_what_fails_in_a_part_fails_here() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
     with pytest.raises(OSError, match="No space") as caught:
-        list(in_parts(range(50), work))
+        list(in_parts(range(50), [1] * 50, work))
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_part_is_many_small_files_or_few_large_ones() -> None:
+    sizes = [10] * 20 + [1 << 20] + [10] * 3 + [1 << 20] * 2
+    done = [part for part, _ in in_parts(range(len(sizes)), sizes, len, processes=1)]
+    assert done == [range(7), range(7, 14), range(14, 21), range(21, 25), range(25, 26)]
+    assert parts.are_worth_it([1 << 20] * 2)
+    assert not parts.are_worth_it([1 << 30]), "nobody is there to share it with"
+    assert not parts.are_worth_it([10] * 8)
+
+
+def test_a_few_large_files_go_through_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path).fill()
+    for number in range(3):
+        place.write(f"memory/{number}.bin", os.urandom(5 << 20))
+    read_here: list[int] = []
+    for name in ("copy_hashed", "hash_from_disk", "copy"):
+        real = getattr(large, name)
+        monkeypatch.setattr(large, name, lambda *a, real=real: (read_here.append(os.getpid()), real(*a))[1])
+    monkeypatch.setattr(verify, "hash_from_disk", large.hash_from_disk)
+    made = place.take()
+    assert content_of(place.repo.path(made.id) / "files") == content_of(place.root)
+    assert content_of(restored(place)) == content_of(place.root)
+    assert read_here == [], "others did it"
 
 
 def restored(place: Place) -> Path:

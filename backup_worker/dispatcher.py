@@ -246,8 +246,14 @@ class Dispatcher:
     def _claim(self) -> Iterator[list[Entry]]:
         """Yield what to hand off together of that which others left pending, each part claimed when it is asked for."""
         idle_ms = int(CLAIM_IDLE_S * 1000)
-        for stream in STREAMS:
-            more = True
+        with self.client.pipeline(transaction=False) as asking:
+            for stream in STREAMS:
+                asking.xpending_range(stream, GROUP, min="-", max="+", count=1, idle=idle_ms)
+            answers = asking.execute(raise_on_error=False)
+        for stream, left in zip(STREAMS, answers, strict=True):
+            if isinstance(left, Exception):
+                raise left
+            more = bool(left)
             while more:
                 pending: Any = self.client.xpending_range(
                     stream, GROUP, min="-", max="+", count=BATCH, idle=idle_ms

@@ -71,44 +71,48 @@ class Supervisor:
     def __init__(self, children: Sequence[Child], *, grace_s: float = 10.0) -> None:
         self.children = list(children)
         self.grace_s = grace_s
-        self._stop = threading.Event()
+        self._stopping = False
+        self._wake = threading.Event()
 
     def request_stop(self, *_: object) -> None:
         """Ask `run` to stop the children and return; usable as a signal handler."""
-        self._stop.set()
+        self._stopping = True
+        self._wake.set()
 
-    def run(self, *, tick_s: float = 0.2, also: Callable[[], None] | None = None) -> None:
-        """Block until asked to stop, calling `also` at every tick.
+    def run(self, *, tick_s: float = 1.0, also: Callable[[], None] | None = None) -> None:
+        """Block until asked to stop, calling `also` at every tick, and when a child of this process has ended.
 
         Must be called from the main thread (see `die_with_parent`). What `also` raises ends the children, too.
         """
         signal.signal(signal.SIGTERM, self.request_stop)
         signal.signal(signal.SIGINT, self.request_stop)
+        signal.signal(signal.SIGCHLD, lambda *_: self._wake.set())
         try:
-            while not self._stop.is_set():
+            while not self._stopping:
                 if also is not None:
                     also()
                 now = clock.monotonic()
                 for child in self.children:
                     self._keep(child, now)
-                self._stop.wait(tick_s)
+                # What ended, or asked us to stop, since the last time is looked at again.
+                self._wake.wait(tick_s)
+                self._wake.clear()
         finally:
             self.stop_children()
 
     def _keep(self, child: Child, now: float) -> None:
-        if child.process is None:
-            if now >= child.due_at:
-                child.start(now)
-            return
-        code = child.process.poll()
-        if code is None:
-            return
-        steady = now - child.started_at >= STEADY_AFTER_S
-        child.failures = 0 if steady else child.failures + 1
-        pause_s = min(LONGEST_PAUSE_S, 2.0 ** (child.failures - 1)) if child.failures > 1 else 0.0
-        log.warning("%s ended with code %s; starting it again in %.0f s", child.name, code, pause_s)
-        child.process = None
-        child.due_at = now + pause_s
+        if child.process is not None:
+            code = child.process.poll()
+            if code is None:
+                return
+            steady = now - child.started_at >= STEADY_AFTER_S
+            child.failures = 0 if steady else child.failures + 1
+            pause_s = min(LONGEST_PAUSE_S, 2.0 ** (child.failures - 1)) if child.failures > 1 else 0.0
+            log.warning("%s ended with code %s; starting it again in %.0f s", child.name, code, pause_s)
+            child.process = None
+            child.due_at = now + pause_s
+        if now >= child.due_at:
+            child.start(now)
 
     def stop_children(self) -> None:
         """End every child: SIGTERM, and SIGKILL to what is left after the grace."""

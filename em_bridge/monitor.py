@@ -96,14 +96,13 @@ class Monitor:
             raise
 
     def _step(self) -> list[Transition]:
-        now = streams.server_time(self._client)
         if self._position is None:
-            self._begin(now)
+            self._begin(streams.server_time(self._client))
         refresh = self._refreshed_at is None or clock.monotonic() - self._refreshed_at >= REFRESH_S
         if refresh:
             self._read_fleet()
             self._refreshed_at = clock.monotonic()
-        self._read_beats(now)
+        now = self._read_beats()
         self._notice_gap(now)
         changes = [change for change in self.detector.tick(now) if self._concerns(change.agent)]
         for change in changes:
@@ -134,17 +133,28 @@ class Monitor:
     def _concerns(self, agent: str) -> bool:
         return not self._has_fleet or agent in self._limits
 
-    def _read_beats(self, now: float) -> None:
-        """Read until there is nothing new: judging with unread heartbeats would find the living dead."""
+    def _read_beats(self) -> float:
+        """Read until there is nothing new: judging with unread heartbeats would find the living dead.
+
+        Return the server's time of before.
+        """
         begun = clock.monotonic()
-        while True:
-            answer = cast(Any, self._client).xread({HEARTBEATS: self._position}, count=BATCH)
-            rows: list[tuple[bytes, streams.Fields]] = answer[0][1] if answer else []
-            if rows:
-                # What came while we read is newer than `now`: to take it for older would shorten its silence.
-                self._take(rows, now + clock.monotonic() - begun)
+        now, rows = self._look()
+        while rows:
+            # What came while we read is newer than `now`: to take it for older would shorten its silence.
+            self._take(rows, now + clock.monotonic() - begun)
             if len(rows) < BATCH:
-                return
+                break
+            rows = self._look()[1]
+        return now
+
+    def _look(self) -> tuple[float, list[tuple[bytes, streams.Fields]]]:
+        """Return the server's time and the next heartbeats, in one round trip."""
+        asking: Any = self._client.pipeline(transaction=False)
+        asking.time()
+        asking.xread({HEARTBEATS: self._position}, count=BATCH)
+        (seconds, micros), answer = asking.execute()
+        return seconds + micros / 1e6, answer[0][1] if answer else []
 
     def _take(self, rows: list[tuple[bytes, streams.Fields]], now: float) -> None:
         newcomers: set[str] = set()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import redis.exceptions
-from flask import Blueprint, Flask, Response, abort, current_app, g
+from flask import Blueprint, Flask, Response, abort, current_app, g, request
 
 from backup_worker import alerts, due
 from backup_worker.console import fleet
@@ -68,13 +68,13 @@ class Feed:
         with self._news:
             if self._listeners >= MOST_STREAMS or self._closed.is_set():
                 return None
-            self._listeners += 1
             if self._reader is None or not self._reader.is_alive():
                 # Looked at before the stream is open: whatever comes behind that is told.
                 self._reader = threading.Thread(
                     target=self._read, args=(self._look(),), name="feed", daemon=True
                 )
                 self._reader.start()
+            self._listeners += 1
         return self._stream()
 
     def close(self) -> None:
@@ -167,6 +167,9 @@ def _stamp(path: Any) -> tuple[int, int] | None:
 @blueprint.get("/events")
 def events() -> Response:
     """Tell the page which topics change, as long as it listens."""
+    if request.method == "HEAD":
+        # Nobody would read the stream, so nobody would end it either.
+        return Response(content_type="text/event-stream")
     stream = feed().listen()
     if stream is None:
         g.retry_after_s = 5

@@ -111,6 +111,13 @@ def test_there_are_no_more_streams_than_threads_for_them(feed: Feed) -> None:
     assert feed.listen() is not None
 
 
+def test_who_asks_for_the_head_alone_takes_no_stream_away(world: World) -> None:
+    app = create_app(world.runtime)
+    for _ in range(feeds.MOST_STREAMS + 1):
+        assert app.test_client().head("/events").status_code == 200
+    assert app.extensions["backup-worker-feed"].listeners == 0
+
+
 def test_a_stream_ends_so_that_who_was_logged_out_hears_no_more(
     feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

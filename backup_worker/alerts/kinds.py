@@ -23,7 +23,8 @@ class Kind:
     `severity` is the worst it comes with; `ends` says what closes it; `look` is the command to begin with, in which
     `{agent}`, `{tier}` and `{rest}` (of the key) are filled in. One that is `by_name_only` is silenced only by a
     silence that names it; one that is `for_all` goes to every receiver, whatever severities it takes; one that is
-    `once` is over as soon as it was told.
+    `once` is over as soon as it was told. What is `part_of` something is told together with all that is: of fifty
+    deaths at once, nobody wants a page of their silence, one of the deaths, and one of what became of them.
     """
 
     name: str
@@ -34,6 +35,12 @@ class Kind:
     by_name_only: bool = False
     for_all: bool = False
     once: bool = False
+    part_of: str = ""
+
+    @property
+    def group(self) -> str:
+        """What alerts of this kind are told together with."""
+        return self.part_of or self.name
 
     def command(self, key: str, agent: str | None) -> str:
         """Return the command to look at the alert `key` with."""
@@ -46,6 +53,7 @@ class Kind:
         return f"{runbook}#{self.name}"
 
 
+_DEATHS: Final = "deaths"
 _A_WEEK: Final = "it is a notice, told once and forgotten after a week"
 
 _TABLE: Final = (
@@ -69,15 +77,15 @@ _TABLE: Final = (
     Kind("drill-overdue", "warning", "restoring an agent was not proven in time",
          "a drill of the agent works", "backup-worker drill {agent}"),
     Kind("recovery", "warning", "an agent is dead and is being recovered",
-         "it is recovered, or its recovery is given up", "backup-worker incidents"),
+         "it is recovered, or its recovery is given up", "backup-worker incidents", part_of=_DEATHS),
     Kind("attempt", "critical", "a critical agent did not come back, and its recovery goes on",
-         "it is recovered, or its recovery is given up", "backup-worker incidents"),
+         "it is recovered, or its recovery is given up", "backup-worker incidents", part_of=_DEATHS),
     Kind("escalation", "critical", "an agent could not be recovered",
-         "a later recovery of the agent succeeds", "backup-worker incidents", by_name_only=True),
+         "a later recovery of the agent succeeds", "backup-worker incidents", by_name_only=True, part_of=_DEATHS),
     Kind("recovery-paused", "critical", "recovery is paused: dead agents stay dead",
          "`backup-worker resume-recovery`, or the end of its time", "backup-worker status", by_name_only=True),
     Kind("mass-silence", "critical", "much of the fleet fell silent at once",
-         "no recovery is going on any more", "backup-worker incidents", by_name_only=True),
+         "no recovery is going on any more", "backup-worker incidents", by_name_only=True, part_of=_DEATHS),
     Kind("dead-letter", "warning", "events could not be handled",
          "the entry is retried, dropped, or trimmed from the stream", "backup-worker dead-letters list"),
     Kind("lag", "critical", "events wait and nobody takes them",

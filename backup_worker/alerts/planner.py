@@ -1,11 +1,11 @@
 """Who is to be told what now: a pure plan from the open alerts, the silences, the receivers and the time.
 
-Promise: what happens within the window `group_s` is one message a receiver, and the first page of something critical
-waits no longer than that. What is milder, and notices of an end, wait until a window has passed with nothing more of
-their kind, a few windows at most; what follows of a kind that was just told is held back as long. So a storm is a
-handful of pages. Repetitions come after pauses that double, up to a day, and together where they are
-due within a quarter of a pause. A receiver that fails is tried again after pauses that double, and at once when
-something critical is new; the others are not held up by it.
+Promise: a critical alert waits for the window `group_s`, then it is a page. Everything else (what is milder, notices of
+an end, and a storm: many alerts of one group) waits until nothing more of its group has come for `QUIET_WINDOWS`, at
+most for `MOST_WINDOWS`, which also lie between two pages of the same (what is critical waits only behind its own kind).
+So fifty deaths, told within a minute, are one page, and a storm that goes on is a page a minute. Repetitions come after
+pauses that double, up to a day, and together where they are due within a quarter of a pause. A receiver that fails is
+tried again after pauses that double, and at once when something critical is new; the others are not held up by it.
 
     open ── told to all ──> told ── pause over ──> told again ── …
       └ acknowledged: quiet        └ resolved ──> its end is told to all who heard of it ──> over
@@ -24,14 +24,20 @@ from backup_worker.alerts.book import RANK, OpenAlert
 from backup_worker.alerts.silences import Silence
 from backup_worker.config import Receiver
 
-GROUP_S: Final = 5.0
+GROUP_S: Final = 2.0
 REPEAT_S: Final = 3600.0
 LONGEST_PAUSE_S: Final = 86400.0
 INFO_S: Final = 7 * 86400.0
 """How long a notice is remembered after it was told, so that raising it again is no news. It is not repeated."""
 
-MOST_WINDOWS: Final = 6
-"""For how many windows at most something is held back, so that more of its kind comes into the same message."""
+QUIET_WINDOWS: Final = 5
+"""For how many windows no more of a group must come before it is told."""
+
+MOST_WINDOWS: Final = 30
+"""For how many windows at most something is held back, so that more of its group comes into the same message."""
+
+STORM: Final = 4
+"""How many alerts of a group, waiting to be told, are a storm: then also what is critical waits for the rest."""
 
 ONCE_LASTS_S: Final = 86400.0
 """After how long a message of the clock, such as a digest, that could not be delivered is no longer tried."""
@@ -62,7 +68,7 @@ class ReceiverState:
     """What is known of one receiver; times are Unix seconds.
 
     `failures` in a row; `retry_at` is when it is tried again after one; until `busy_until` somebody is sending to it;
-    `pages` says when it last heard something new of each kind.
+    `pages` says when it last heard something new of each group, and something critical of each kind.
     """
 
     shown: str = ""
@@ -120,8 +126,9 @@ def plan_delivery(
 
 def after_success(state: ReceiverState, delivery: Delivery, shown: str, now: float) -> ReceiverState:
     """Return the state of a receiver that has got `delivery`."""
-    heard = (_flock_of(one) for one in delivery.alerts if one.is_news)
-    pages = dict(state.pages) | dict.fromkeys(heard, now)
+    heard = [one for one in delivery.alerts if one.is_news]
+    groups = {_group_of(one) for one in heard} | {_pages_of(one) for one in heard}
+    pages = dict(state.pages) | dict.fromkeys(groups, now)
     return ReceiverState(shown=shown, tried_at=now, told_at=now, pages=pages)
 
 
@@ -224,8 +231,7 @@ class _Planning:
     def _due(self, identifier: str, alerts: Sequence[OpenAlert]) -> Iterator[OpenAlert]:
         """Yield what goes into one message now; nothing if it is not time for it yet."""
         state = self.states.get(identifier, ReceiverState())
-        spans = self._spans(alerts)
-        times = {one.key: self._time_of(one, state, spans) for one in alerts}
+        times = self._times(alerts, state)
         urgent = any(self._is_urgent(one, state) for one in alerts)
         gate = max(state.busy_until, 0.0 if urgent else state.retry_at)
         when = max(min(times.values()), gate)
@@ -240,28 +246,23 @@ class _Planning:
             else:
                 self.looks.append(times[one.key])
 
-    def _spans(self, alerts: Sequence[OpenAlert]) -> dict[str, tuple[float, float]]:
-        """Return from when to when what is new of each flock was due."""
-        spans: dict[str, tuple[float, float]] = {}
+    def _times(self, alerts: Sequence[OpenAlert], state: ReceiverState) -> dict[str, float]:
+        """Return when each of `alerts`, all that wait for the same message, is to be told to a receiver."""
+        groups: dict[str, list[float]] = {}
         for one in alerts:
             if one.is_news:
-                due = self._due_at(one)
-                first, last = spans.get(_flock_of(one), (due, due))
-                spans[_flock_of(one)] = min(first, due), max(last, due)
-        return spans
+                groups.setdefault(_group_of(one), []).append(self._due_at(one))
+        return {one.key: self._time_of(one, groups.get(_group_of(one), []), state) for one in alerts}
 
-    def _time_of(
-        self, alert: OpenAlert, state: ReceiverState, spans: Mapping[str, tuple[float, float]]
-    ) -> float:
-        """Return when `alert` is to be told to a receiver; `spans` are of all that waits for the same message."""
-        due = self._due_at(alert)
+    def _time_of(self, alert: OpenAlert, group: Sequence[float], state: ReceiverState) -> float:
+        """Return when `alert` is to be told; `group` is when each of those was due that are new with it."""
+        window_s, due = self.policy.group_s, self._due_at(alert)
         if not alert.is_news:
             return due
-        longest_s = MOST_WINDOWS * self.policy.group_s
-        if alert.is_resolved or alert.severity != "critical":
-            first, last = spans[_flock_of(alert)]
-            due = min(last, first - self.policy.group_s + longest_s)
-        heard = state.pages.get(_flock_of(alert))
+        longest_s = MOST_WINDOWS * window_s
+        if alert.is_resolved or alert.severity != "critical" or len(group) >= STORM:
+            due = min(max(group) - window_s + QUIET_WINDOWS * window_s, min(group) - window_s + longest_s)
+        heard = state.pages.get(_pages_of(alert))
         return due if heard is None else max(due, heard + longest_s)
 
     def _is_urgent(self, alert: OpenAlert, state: ReceiverState) -> bool:
@@ -273,9 +274,16 @@ class _Planning:
         )
 
 
-def _flock_of(alert: OpenAlert) -> str:
-    """Return what an alert is held back together with: its kind, or the ends of all."""
-    return END if alert.is_resolved else kinds.name_of(alert.key)
+def _group_of(alert: OpenAlert) -> str:
+    """Return what an alert is held back together with: the ends of all, or what belongs to its kind."""
+    return END if alert.is_resolved else kinds.of(alert.key).group
+
+
+def _pages_of(alert: OpenAlert) -> str:
+    """Return which earlier pages hold an alert back: what is critical waits only behind what was, of its own kind."""
+    if alert.is_resolved or alert.severity != "critical":
+        return _group_of(alert)
+    return f"{kinds.name_of(alert.key)}, critical"
 
 
 def _message_of(alert: OpenAlert) -> str:

@@ -69,10 +69,11 @@ class Paging(Model):
     """How humans are told."""
 
     group_seconds: float = Field(
-        5,
+        2,
         title="number of seconds",
-        description="How long an alert waits for others, so that what happens at once is one message.",
-        examples=[5],
+        description="How long something critical waits for more, so that what happens at once is one message; "
+        "what is milder, and a storm, waits until there was nothing more for 5 times as long, at most 30 times.",
+        examples=[2],
         ge=0,
         le=300,
     )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backup_worker.alerts import Alert, book, deliver_due, kinds, receiver_states, silences
-from backup_worker.alerts.planner import Policy, ReceiverState, id_of, plan_delivery
+from backup_worker.alerts.planner import STORM, Policy, ReceiverState, id_of, plan_delivery
 from backup_worker.alerts.silences import Silence
 from backup_worker.alerts.wording import LISTED, compose
 from backup_worker.config import Receiver
@@ -69,8 +69,8 @@ def test_fifty_deaths_at_once_make_one_page_with_a_list(history: History) -> Non
     desk = Desk(history)
     for number in range(50):
         desk.raise_(f"recovery/a{number:02}", number * 0.05, "warning", f"a{number:02}")
-    assert desk.deliver(7) == []
-    deliver_due(desk.client, desk.receivers, history, 7.5, policy=desk.policy, send=desk.phone)
+    assert desk.deliver(12) == []
+    deliver_due(desk.client, desk.receivers, history, 12.5, policy=desk.policy, send=desk.phone)
     ((_, title, body),) = desk.phone.got
     recovered = kinds.KINDS["recovery"].title
     assert title == f"[warning] 50 times: {recovered}: a00, a01, a02 and 47 more"
@@ -78,59 +78,116 @@ def test_fifty_deaths_at_once_make_one_page_with_a_list(history: History) -> Non
     assert body.count("docs/runbook.md#recovery") == 1
 
 
-def test_no_first_page_waits_longer_than_the_window_whatever_comes_behind_it(history: History) -> None:
-    desk = Desk(history, group_s=5)
+@pytest.mark.parametrize("seconds", [1, 10, 45])
+def test_deaths_that_are_taken_up_one_by_one_are_one_page_with_their_silence_and_one_end(
+    seconds: int, history: History
+) -> None:
+    """Fifty real deaths made three pages: workers take them up over seconds, and the silence is told beside them."""
+    desk = Desk(history)
+    raised = [(number * seconds / 50, f"recovery/a{number:02}") for number in range(50)]
+    pages, mass = [], False
+    for tick in range(240):
+        now = tick / 2
+        while raised and raised[0][0] <= now:
+            at, key = raised.pop(0)
+            desk.raise_(key, at, "warning", key[-3:])
+            if not mass and key == "recovery/a03":
+                desk.raise_("mass-silence", at, "critical")
+        pages += desk.deliver(now)
+    (page,) = pages
+    assert page == "phone [critical] 51 alerts: 1 mass-silence, 50 recovery"
+    for number in range(50):
+        desk.resolve(f"recovery/a{number:02}", 200 + number * seconds / 50)
+    desk.resolve("mass-silence", 200 + seconds)
+    assert [title for _, title in desk.until(400, 200 + seconds)] == [
+        "phone [resolved] 51 alerts: 1 mass-silence, 50 recovery"
+    ]
+
+
+def test_deaths_that_all_end_with_a_human_are_a_page_and_then_one_a_minute(history: History) -> None:
+    desk = Desk(history)
     told = []
-    for now in range(20):
-        desk.raise_(f"missing/daily/a{now}", now, agent=f"a{now}")
-        told += [(now, title) for title in desk.deliver(now)]
-    assert told[0][0] == 5
+    for now in range(300):
+        if now < 50:
+            desk.raise_(f"recovery/a{now}", now, "warning", f"a{now}")
+            desk.raise_("mass-silence", now, "critical")
+        if 10 <= now < 110 and now % 2 == 0:
+            desk.raise_(f"escalation/a{now}", now, "critical", f"a{now}")
+        told += [now for _ in desk.deliver(now)]
+    assert told == [60, 120]
+
+
+def test_something_critical_alone_is_a_page_after_the_window_whatever_milder_was_told_before(
+    history: History,
+) -> None:
+    desk = Desk(history)
+    desk.raise_("recovery/z", 0, "warning", "z")
+    assert desk.until(30) == [(10, "phone [warning] recovery/z")]
+    desk.raise_("escalation/z", 31, "critical", "z")
+    assert desk.until(60, 31) == [(33, "phone [critical] escalation/z")]
+
+
+def test_a_recovery_that_is_given_up_is_a_page_at_once_also_behind_one_of_its_first_failure(
+    history: History,
+) -> None:
+    desk = Desk(history)
+    desk.raise_("attempt/z", 0, "critical", "z")
+    assert [at for at, _ in desk.until(9)] == [2]
+    desk.raise_("escalation/z", 10, "critical", "z")
+    assert desk.until(60, 10) == [(12, "phone [critical] escalation/z")]
+
+
+def test_a_few_critical_ones_are_told_after_the_window_with_all_that_is_new(history: History) -> None:
+    desk = Desk(history)
+    for number in range(STORM - 1):
+        desk.raise_(f"missing/daily/a{number}", number, agent=f"a{number}")
+    desk.raise_("lag", 0.5, "warning")
+    assert [at for at, _ in desk.until(30)] == [2]
+
+
+def test_a_storm_waits_for_its_rest_but_not_for_ever_and_holds_up_no_other_kind(history: History) -> None:
+    desk = Desk(history)
+    told = []
+    for now in range(200):
+        for number in range(3 if now < 180 else 0):
+            desk.raise_(f"missing/daily/a{now}-{number}", now, agent=f"a{now}")
+        if now == 20:
+            desk.raise_("lag", now)
+        told += [(now, title.split(":")[0]) for title in desk.deliver(now)]
+    assert told == [
+        (22, "phone [critical] 70 alerts"), (83, "phone [critical] 183 times"), (144, "phone [critical] 183 times"),
+    ]  # fmt: skip
+    ((at, title),) = desk.until(300, 200)
+    assert (at, title.split(":")[0]) == (204, "phone [critical] 105 times")
 
 
 def test_what_is_milder_waits_until_no_more_comes_but_not_for_ever_and_holds_up_nothing_critical(
     history: History,
 ) -> None:
-    desk = Desk(history, group_s=5)
+    desk = Desk(history)
     told = []
-    for now in range(100):
+    for now in range(300):
         if now < 90:
-            desk.raise_(f"recovery/a{now}", now, "warning", f"a{now}")
+            desk.raise_(f"drill-overdue/a{now}", now, "warning", f"a{now}")
         if now == 12:
-            desk.raise_("escalation/a1", now, "critical", "a1")
+            desk.raise_("space", now, "critical")
         told += [(now, title.split(":")[0]) for title in desk.deliver(now)]
     assert told == [
-        (17, "phone [critical] 19 alerts"), (48, "phone [warning] 31 times"), (79, "phone [warning] 31 times"),
+        (14, "phone [critical] 16 alerts"), (75, "phone [warning] 61 times"), (135, "phone [warning] 14 times"),
     ]  # fmt: skip
 
 
-def test_what_follows_of_the_same_kind_is_held_back_and_another_kind_is_not(history: History) -> None:
-    desk = Desk(history, group_s=5)
-    pages = []
-    for now in range(120):
-        if now % 2 == 0:
-            desk.raise_(f"missing/daily/a{now}", now)
-        if now == 10:
-            desk.raise_("lag", now)
-        pages += [now for _ in desk.deliver(now)]
-    assert pages[:3] == [
-        5,
-        15,
-        45,
-    ]  # the first, the one for the lag with all that waits, and half a minute later
-    assert len(pages) <= 6
-
-
 def test_each_end_is_told_and_many_at_once_in_one_message(history: History) -> None:
-    desk = Desk(history, group_s=5)
+    desk = Desk(history)
     for number in range(50):
         desk.raise_(f"recovery/a{number}", 0, "warning", f"a{number}")
-    assert len(desk.deliver(5)) == 1
+    assert len(desk.deliver(10)) == 1
     ends = []
-    for now in range(10, 120):
+    for now in range(10, 200):
         if now < 60:
             desk.resolve(f"recovery/a{now - 10}", now)
         ends += [(now, title) for title in desk.deliver(now)]
-    assert [at for at, _ in ends] == [40, 70]
+    assert [at for at, _ in ends] == [69]
     assert all(title.startswith("phone [resolved] ") for _, title in ends)
     assert desk.client.hlen(book.OPEN) == 0
 
@@ -139,7 +196,7 @@ def test_what_is_over_before_anybody_was_told_is_told_all_the_same(history: Hist
     desk = Desk(history, group_s=5)
     desk.raise_("recovery/z", 0, "warning", "z")
     desk.resolve("recovery/z", 3)
-    assert desk.until(60) == [(8, "phone [resolved] recovery/z")]
+    assert desk.until(60) == [(28, "phone [resolved] recovery/z")]
 
 
 def test_repetitions_that_are_due_nearly_together_are_one_message(history: History) -> None:
@@ -155,10 +212,10 @@ def test_repetitions_that_are_due_nearly_together_are_one_message(history: Histo
 def test_what_becomes_worse_is_told_again_also_if_it_was_acknowledged(history: History) -> None:
     desk = Desk(history, group_s=5)
     desk.raise_("space", 0, "warning")
-    desk.deliver(5)
-    book.acknowledge(desk.client, "space", "kari", 6)
-    desk.raise_("space", 7, "critical")
-    assert desk.until(60, 7) == [(35, "phone [critical] space")]
+    assert len(desk.deliver(25)) == 1
+    book.acknowledge(desk.client, "space", "kari", 26)
+    desk.raise_("space", 27, "critical")
+    assert desk.until(60, 27) == [(32, "phone [critical] space")]
 
 
 # -- routes ----------------------------------------------------------------------------------------------------
@@ -433,7 +490,7 @@ def message(*raised: Alert, now: float = 0.0) -> tuple[str, str]:
     client: Any = fakeredis.FakeRedis()
     for one in raised:
         book.raise_alert(client, one, now=now)
-    (delivery,) = plan_delivery(book.open_alerts(client), [], [PHONE], {}, now + 9, Policy()).deliveries
+    (delivery,) = plan_delivery(book.open_alerts(client), [], [PHONE], {}, now + 12, Policy()).deliveries
     return compose(delivery, Policy(zone="Europe/Oslo", runbook="https://example.com/book"))
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from backup_worker.snapshots import Scope
+from backup_worker.snapshots.diff import is_number
 from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
@@ -129,8 +130,7 @@ def numbers(document: Any, key: str = "") -> list[tuple[str, float]]:
         ]
     if isinstance(document, list):
         return [one for index, inner in enumerate(document) for one in numbers(inner, f"{key}[{index}]")]
-    is_number = isinstance(document, int | float) and not isinstance(document, bool)
-    return [(key, float(document))] if is_number and math.isfinite(document) else []
+    return [(key, float(document))] if is_number(document) else []
 
 
 def _changes(old: Values, new: Values) -> dict[str, tuple[float | None, float | None]]:

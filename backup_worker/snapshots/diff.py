@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from backup_worker.snapshots.state import RestorePlan
 
 _JSON_LIMIT_BYTES = 4 << 20
 _MISSING = object()
+_LARGEST = sys.float_info.max / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class KeyChange:
     @property
     def delta(self) -> float | int | None:
         """New minus old, where both are numbers."""
-        if self.kind == "changed" and _is_number(self.old) and _is_number(self.new):
+        if self.kind == "changed" and is_number(self.old) and is_number(self.new):
             difference = self.new - self.old
             # 0.1 + 0.2 style noise is not what a person asks about.
             return round(difference, 12) if isinstance(difference, float) else difference
@@ -174,5 +176,11 @@ def _compare(key: str, old: Any, new: Any) -> Iterator[KeyChange]:
         yield KeyChange(key, "changed", old, new)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    """Tell whether it is a number of JSON that can be reckoned with, as can the difference of two."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        # An integer may have thousands of digits; 1e999 is read as infinity.
+        and -_LARGEST <= value <= _LARGEST
+    )

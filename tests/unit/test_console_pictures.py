@@ -100,7 +100,7 @@ def points(*rows: dict[str, float]) -> list[Point]:
 
 
 def test_numbers_are_found_wherever_they_stand_and_nothing_else_is() -> None:
-    document = {"a": 1, "b": {"c": [0.5, "x", True, None, 2]}, "nan": float("nan")}
+    document = {"a": 1, "b": {"c": [0.5, "x", True, None, 2]}, "nan": float("nan"), "huge": 10**400}
     assert weights.numbers(document) == [("a", 1.0), ("b.c[0]", 0.5), ("b.c[4]", 2.0)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker.snapshots import diff
+from backup_worker.snapshots import compare_json, diff
 from em_bridge.errors import NotFound
 from tests.agent_on_disk import NOON, Place
 
@@ -52,6 +52,16 @@ def test_what_only_one_of_them_covers_is_no_change(place: Place) -> None:
     found = diff(place.repo, weekly.id, daily.id)
     assert not (found.added or found.removed or found.changed)
     assert "SOUL.md" in found.outside
+
+
+def test_a_number_that_is_too_large_to_reckon_with_has_changed_and_no_difference() -> None:
+    huge = b'{"w": 1' + b"0" * 400 + b"}"
+    for old, new in ((b'{"w": 0.5}', huge), (huge, b'{"w": 1}'), (b'{"w": 1}', b'{"w": 1e999}')):
+        (change,) = compare_json(old, new) or ()
+        assert (change.kind, change.delta) == ("changed", None)
+    large = b"8" + b"0" * 307
+    (change,) = compare_json(b'{"w": -%b}' % large, b'{"w": %b}' % large) or ()
+    assert f"{change.delta:+g}" == "+1.6e+308"
 
 
 def test_an_unknown_snapshot_is_not_found(place: Place) -> None:

@@ -24,6 +24,7 @@ from em_bridge.errors import AgentBackupError, LeaseLost, RedisRefused
 from em_bridge.expiry import expire
 from em_bridge.exporter import Exporter
 from em_bridge.lease import Lease, new_holder, process_is_gone
+from em_bridge.letterbox import Letterbox
 from em_bridge.monitor import TICK_S, Monitor
 from em_bridge.pulse import Pulse
 from em_bridge.reach import Reach
@@ -58,8 +59,8 @@ class ExecutionManager:
     """The EM `name` on the bus at `url` (default `$REDIS_URL`); `run` works until `stop` is called.
 
     `retention_s` is how long the message log and the event streams are kept; `message_log` is the folder into which
-    the log is exported meanwhile (see `logfile`). A context manager: `with` runs it in the
-    background.
+    the log is exported meanwhile (see `logfile`). With `reads_inbox`, what is sent to the EM is said in the log (see
+    `letterbox`); without, it waits for an `Agent` of that name. A context manager: `with` runs it in the background.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class ExecutionManager:
         heartbeat_s: float = 1.0,
         lease_ttl_s: float = LEASE_TTL_S,
         message_log: Path | None = None,
+        reads_inbox: bool = False,
     ) -> None:
         self.name = name
+        self._reads_inbox = reads_inbox
         self._message_log = message_log
         self._url = url
         self._retention_s = retention_s
@@ -148,12 +151,15 @@ class ExecutionManager:
             raise tenure.fault
 
     def _keep_lease(self, tenure: _Tenure) -> None:
+        letterbox = Letterbox(self._client, self.name) if self._reads_inbox else None
         while not (self._stop.is_set() or tenure.over.is_set()):
             try:
                 if not self._lease.renew():
                     log.warning("the lease “%s” was lost to another execution manager", self.name)
                     return
                 self._reach.back()
+                if letterbox is not None:
+                    letterbox.step()
             except (redis.RedisError, OSError) as error:
                 # The threads go on: what they write carries the epoch, and is refused if somebody else leads.
                 self._away(error)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import redis
@@ -36,6 +37,25 @@ DECLARED: Final = "-"
 def last_seen_key(agent: str) -> str:
     """Return the hash in which an agent publishes, per sender, the number it has dealt with."""
     return f"em:last-seen:{agent}"
+
+
+def opened(client: redis.Redis, stream: str, entry: str, fields: Fields) -> Message | None:
+    """Return the message that stands in an inbox as `entry`; of what is none make a dead letter, and return None.
+
+    Only a foreign writer can have put that there: the router checks.
+    """
+    try:
+        event = decode(fields, stream=stream)
+    except InvalidEvent as problem:
+        letter = streams.dead_letter(stream, entry, problem.message, fields, clock.now())
+        log.warning("%s: %s is a dead letter: %s", stream, entry, problem.message)
+        pipe = client.pipeline(transaction=True)
+        pipe.xadd(letter.stream, cast(Any, encode(letter)))
+        pipe.xack(stream, INBOX_GROUP, entry)
+        pipe.execute()
+        return None
+    assert isinstance(event, Message)
+    return replace(event, entry=entry)
 
 
 class Inbox:
@@ -164,22 +184,10 @@ class Inbox:
             log.warning("inbox of %s: the message %s was deleted before it was received", self._agent, entry)
             self._to_ack.append(entry)
             return
-        try:
-            event = decode(fields, stream=self._stream)
-            assert isinstance(event, Message)
-        except InvalidEvent as problem:
-            # Only a foreign writer can put it there; the router checks.
-            letter = streams.dead_letter(self._stream, entry, problem.message, fields, clock.now())
-            log.warning("inbox of %s: %s is a dead letter: %s", self._agent, entry, problem.message)
-            pipe = self._client.pipeline(transaction=True)
-            pipe.xadd(letter.stream, cast(Any, encode(letter)))
-            pipe.xack(self._stream, INBOX_GROUP, entry)
-            pipe.execute()
-            return
-        self._known.add(entry)
-        self._fetched.append(
-            Message(event.sender, event.to, event.seq, event.payload, event.at, event.log, entry=entry)
-        )
+        message = opened(self._client, self._stream, entry, fields)
+        if message is not None:
+            self._known.add(entry)
+            self._fetched.append(message)
 
     def _tell(self) -> None:
         """Acknowledge to the server what is dealt with."""

@@ -46,7 +46,8 @@ def em(
 ) -> None:
     """Run a complete small execution manager: routing, monitoring, one at a time.
 
-    It keeps a copy of the message log below its root, so that its own backups hold it (see `import`).
+    It keeps a copy of the message log below its root, so that its own backups hold it (see `import`), and says in its
+    log what is sent to it.
 
     Example: `em-bridge em --redis-url redis://127.0.0.1:6379/0`
     """
@@ -61,6 +62,7 @@ def em(
         retention_s=retention_days * 24 * 3600,
         heartbeat_s=heartbeat,
         message_log=message_log,
+        reads_inbox=True,
     )
     _on_end(manager.stop)
     manager.run()

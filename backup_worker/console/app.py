@@ -11,7 +11,7 @@ import secrets
 from typing import Any
 
 import redis.exceptions
-from flask import Flask, jsonify, render_template, request
+from flask import Flask, Response, jsonify, render_template, request
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from werkzeug.exceptions import HTTPException
 
@@ -56,6 +56,7 @@ def create_app(runtime: Runtime, *, loopback: bool = True) -> Flask:
     Raises ConfigError, and UsersError if the users or the session key cannot be read.
     """
     app = Flask(__name__)
+    app.response_class = _Answer
     app.config["MAX_CONTENT_LENGTH"] = MAX_FORM_BYTES
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     shared = app.extensions["backup-worker-live"] = Live(runtime)
@@ -79,6 +80,13 @@ def warm(app: Flask) -> None:
         here.known(here.live.beats.read, None)
         for name in app.jinja_env.list_templates(extensions=["html"]):
             app.jinja_env.get_template(name)
+
+
+class _Answer(Response):
+    """An answer that can always be sent: names of files and words of agents need not be text that UTF-8 can carry."""
+
+    def set_data(self, value: bytes | str) -> None:
+        super().set_data(value.encode("utf-8", "backslashreplace") if isinstance(value, str) else value)
 
 
 def _check_access(app: Flask) -> None:

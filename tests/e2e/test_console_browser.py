@@ -122,6 +122,23 @@ def test_a_page_does_not_refresh_under_somebodys_hands(world: World, page: Page)
     world.runtime.resolve("while-typing")
 
 
+def test_what_came_of_an_action_stays_in_sight_while_the_page_goes_on(world: World, page: Page) -> None:
+    page.get_by_text("Recover em …").click()
+    page.get_by_label("reason for recovering em").fill("stuck")
+    page.locator("#agent-em").get_by_role("button", name="Stop, restore, start").click()
+    said = page.locator("[data-said]")
+    expect(said).to_contain_text("is open")
+    store = IncidentStore(world.runtime.redis)
+    incident = next(one for one in store.open_incidents() if one.agent == "em")
+    store.save(incident.noted("fence", time.time(), True, "pid 1 is gone"), wake_at=time.time() + 60)
+    # At once, not when the message has gone.
+    expect(page.locator(".timeline")).to_contain_text("pid 1 is gone", timeout=4_000)
+    expect(said).to_have_count(1)
+    expect(said).to_contain_text("is open")
+    store.save(store.get(incident.id).closed(RECOVERED, time.time(), "0-0"), wake_at=None)
+    expect(page.locator("main .tag.recovered")).to_be_visible()
+
+
 def test_a_person_approves_a_change(world: World, page: Page) -> None:
     client = world.runtime.redis
     new = json.dumps({"urgency": 0.6, "impact": 0.3, "novelty": 0.2}).encode()

@@ -1,4 +1,4 @@
-// Small conveniences; every page reads without them.
+// Keeps an open page up to date: asks for it anew when it is told that something changed. Reading needs none of this.
 (function () {
   "use strict";
 
@@ -14,8 +14,6 @@
   function inUse() {
     var active = document.activeElement;
     if (document.hidden || document.querySelector("details.ask[open]")) return true;
-    // What came of an action stays long enough to be read.
-    if (document.querySelector("[data-said]") && Date.now() - begun < READ_MS) return true;
     if (active && active.closest("#main") && /^(INPUT|TEXTAREA|SELECT)$/.test(active.tagName)) return true;
     return String(window.getSelection()) !== "";
   }
@@ -29,6 +27,13 @@
     stale(status >= 400);
     if (status >= 400) event.preventDefault();
   });
+  // What came of an action stays long enough to be read, above whatever is new.
+  var said = Array.from(document.querySelectorAll("[data-said]"), function (note) { return note.cloneNode(true); });
+  document.addEventListener("htmx:after:swap", function () {
+    var main = document.getElementById("main");
+    if (Date.now() - begun < READ_MS) said.forEach(function (note) { main.prepend(note); });
+  });
+
   document.addEventListener("htmx:error", function () { stale(true); });
 
   // One stream of events a window, and only while somebody looks at it: a browser allows few connections to one place.
@@ -87,20 +92,4 @@
     if (missed || Date.now() - last > LATEST_MS) refresh();
   }, EVERY_MS);
   listen();
-
-  document.addEventListener("change", function (event) {
-    var form = event.target.closest("form[data-auto]");
-    if (form) form.requestSubmit();
-  });
-
-  document.addEventListener("click", function (event) {
-    var button = event.target.closest("button[data-copy]");
-    if (!button || !navigator.clipboard) return;
-    navigator.clipboard.writeText(button.dataset.copy).then(function () {
-      button.textContent = "copied";
-      window.setTimeout(function () { button.textContent = "copy"; }, 1500);
-    });
-  });
-
-  document.documentElement.classList.add("js");
 })();

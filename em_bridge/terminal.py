@@ -7,6 +7,7 @@ exit code of its class. This module and `em_bridge.cli` are the only ones of the
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -100,6 +101,9 @@ def log_to_stderr(level: int = logging.INFO) -> None:
 
 def run(app: typer.Typer) -> NoReturn:
     """Run `app` on the process's arguments and exit with the code that the contract gives the outcome."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What agents write need not be text that UTF-8 can carry; escaped like this it is what JSON wants, too.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except AgentBackupError as error:

@@ -70,7 +70,8 @@ class Inbox:
         self._handed: dict[str, int] = {}
         self._fetched: deque[Message] = deque()
         self._known: set[str] = set()
-        self._doubles: list[Message] = []
+        # By sender: number and entry of what was handed out, or came twice, and is not acknowledged.
+        self._open: dict[str, list[tuple[int, str]]] = {}
         self._to_ack: list[str] = []
         self._ready = False
         self._pending_from = "0"
@@ -108,12 +109,11 @@ class Inbox:
         """Note that `message`, and those before it from its sender, are dealt with."""
         self._outbox.note_seen(message.sender, message.seq)
         with self._lock:
-            self._seen[message.sender] = max(message.seq, self._seen.get(message.sender, 0))
-            if message.entry is not None:
-                self._to_ack.append(message.entry)
-            done = [d for d in self._doubles if d.seq <= self._seen.get(d.sender, 0)]
-            self._doubles = [d for d in self._doubles if d not in done]
-            self._to_ack += [d.entry for d in done if d.entry is not None]
+            seen = self._seen[message.sender] = max(message.seq, self._seen.get(message.sender, 0))
+            mine = self._open.pop(message.sender, [])
+            self._to_ack += [entry for seq, entry in mine if seq <= seen]
+            if left := [(seq, entry) for seq, entry in mine if seq > seen]:
+                self._open[message.sender] = left
         try:
             self._tell()
         except (redis.RedisError, OSError) as error:
@@ -139,11 +139,12 @@ class Inbox:
         with self._lock:
             while self._fetched:
                 message = self._fetched.popleft()
+                assert message.entry is not None
                 if message.seq <= self._seen.get(message.sender, 0):
-                    self._to_ack.append(cast(str, message.entry))
-                elif message.seq <= self._handed.get(message.sender, 0):
-                    self._doubles.append(message)
-                else:
+                    self._to_ack.append(message.entry)
+                    continue
+                self._open.setdefault(message.sender, []).append((message.seq, message.entry))
+                if message.seq > self._handed.get(message.sender, 0):
                     self._handed[message.sender] = message.seq
                     return message
         return None

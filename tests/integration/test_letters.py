@@ -23,11 +23,6 @@ def bury(client: Redis, event: events.Event, reason: str = "nobody could handle 
     return streams.append(client, letter)
 
 
-@pytest.fixture
-def client(valkey: ValkeyServer) -> Redis:
-    return valkey.client()
-
-
 def test_an_event_is_put_back_as_it_was_and_its_letter_is_gone(client: Redis) -> None:
     event = events.AgentState("z", "DEAD", reason="no heartbeat")
     entry = bury(client, event)

@@ -6,7 +6,6 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgpack
@@ -37,19 +36,6 @@ pytestmark = pytest.mark.valkey
 @pytest.fixture
 def fleet(tmp_path: Path) -> SmallFleet:
     return SmallFleet(tmp_path, ("z", "jay"))
-
-
-@pytest.fixture
-def client(valkey: ValkeyServer) -> Redis:
-    return valkey.client()
-
-
-@pytest.fixture
-def parts() -> Iterator[list[Part]]:
-    started: list[Part] = []
-    yield started
-    for part in started:
-        part.close()
 
 
 class House:

@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +36,6 @@ SLOT = "2026-11-23"
 @pytest.fixture
 def fleet(tmp_path: Path) -> SmallFleet:
     return SmallFleet(tmp_path)
-
-
-@pytest.fixture
-def client(valkey: ValkeyServer) -> Redis:
-    return valkey.client()
-
-
-@pytest.fixture
-def parts() -> Iterator[list[Part]]:
-    started: list[Part] = []
-    yield started
-    for part in started:
-        part.close()
 
 
 def backup_of(agent: str, *, queue: str = queues.BACKUP) -> Planned:

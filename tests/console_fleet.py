@@ -98,41 +98,32 @@ def make_world(folder: Path, url: str, agents: tuple[str, ...] = AGENTS) -> Worl
     return world
 
 
-def live_through(world: World, now: float, days: int = 10) -> None:
+def drifting(agent: str, age: float) -> dict[str, float]:
+    """Return the weights of an agent so many days ago."""
+    return {"urgency": round(0.5 + 0.01 * int(age), 2), "impact": 0.3, "novelty": 0.2}
+
+
+def live_through(
+    world: World, now: float, days: int = 10, weights: Callable[[str, float], dict[str, float]] = drifting
+) -> None:
     """Give the fleet a past: backups of some days, good and not, a change, a recovery, alerts, messages."""
     runtime = world.runtime
+
+    def back_up(name: str, tier: str, at: float, *, wiped: bool = False) -> None:
+        run = last_run(runtime, tier, at)
+        found = json.dumps(weights(name, (now - run) / DAY), indent=2)
+        world.weights(name).write_text("" if wiped else found)
+        backups.scheduled(runtime, name, tier, last_slot(runtime, tier, at), now=run + 60)
+
     for age in range(days, 0, -1):
-        at = now - age * DAY
-        slot = last_slot(runtime, "daily", at)
         for name in runtime.config.agents:
-            if name == "leroy" and age == 4:
-                continue
-            weights = json.loads(world.weights(name).read_text())
-            world.weights(name).write_text(
-                json.dumps({**weights, "urgency": round(0.5 + 0.01 * age, 2)}, indent=2)
-            )
-            broken = name == "rick" and age == 1
-            if broken:
-                world.weights(name).write_text("")
-            backups.scheduled(runtime, name, "daily", slot, now=at)
-            if broken:
-                world.weights(name).write_text(json.dumps(weights, indent=2))
+            if (name, age) != ("leroy", 4):
+                back_up(name, "daily", now - age * DAY, wiped=(name, age) == ("rick", 1))
     for name in runtime.config.agents:
-        backups.scheduled(
-            runtime,
-            name,
-            "weekly",
-            last_slot(runtime, "weekly", now),
-            now=last_run(runtime, "weekly", now) + 60,
-        )
+        back_up(name, "weekly", now)
         if name != "leroy":
-            backups.scheduled(
-                runtime,
-                name,
-                "daily",
-                last_slot(runtime, "daily", now),
-                now=last_run(runtime, "daily", now) + 60,
-            )
+            back_up(name, "daily", now)
+        world.weights(name).write_text(json.dumps(weights(name, 0), indent=2))
     heads = runtime.repository.snapshots("jay", "daily")
     runtime.repository.pin(heads[2].id)
     spoiled = runtime.repository.path(heads[5].id) / "files" / "priority_weights.json"
@@ -152,14 +143,21 @@ def last_slot(runtime: Runtime, tier: str, now: float) -> str:
     return schedule.slot_name(found, runtime.config.schedule.timezone, last_run(runtime, tier, now))
 
 
+_STATES = {
+    "ALIVE": (4000, "", 2), "DEGRADED": (200, "says “low on memory”", 2), "DEAD": (43, "no heartbeat for 60 s", 103),
+}  # fmt: skip
+"""For how long an agent is in a state, why, and for how long it has been silent."""
+
+
 def _talk(runtime: Runtime, now: float) -> None:
     client = runtime.redis
     for name, state in zip(
         runtime.config.agents, ("ALIVE", "ALIVE", "DEGRADED", "DEAD", "ALIVE"), strict=False
     ):
+        since, reason, silent = _STATES[state]
         known = {
-            "state": state, "since": now - 4000, "reason": "" if state == "ALIVE" else "no heartbeat for 60 s",
-            "incarnation": f"{name}-1", "last_beat": now - 2, "last_entry": "1-1",
+            "state": state, "since": now - since, "reason": reason, "incarnation": f"{name}-1",
+            "last_beat": now - silent, "last_entry": "1-1",
         }  # fmt: skip
         client.hset(streams.STATES, name, msgpack.packb(known))
     for group, stream in (

@@ -72,12 +72,23 @@ def console_runtime(config_dir: Path, url: str | None) -> Runtime:
         return Runtime(config, None, redis_url_for(config, url) or connection.DEFAULT_URL)
 
 
+def plain(text: str) -> str:
+    """Return `text` without what would move the cursor or hide something: others wrote it."""
+    return "".join(
+        char if char.isprintable() or char in "\t\n" else "\N{REPLACEMENT CHARACTER}" for char in text
+    )
+
+
 def new_table(title: str, *columns: str) -> Table:
-    """Return an empty rich table; the first column never wraps."""
+    """Return an empty rich table; the first column never wraps, and no cell moves the cursor."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    class PlainTable(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*map(_plain, cells), **options)
+
+    table = PlainTable(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, no_wrap=number == 0, overflow="fold")
     return table
@@ -101,7 +112,8 @@ def coloured(text: str, colour: str) -> Text:
 def show(*things: object) -> None:
     """Print `things` on stdout: with colours and borders where there is a terminal, plain where there is none.
 
-    Text is printed as it is: what comes from the bus or from a file name may hold brackets, and is not markup.
+    Text is printed as it is, but plain: what comes from the bus or from a file name may hold brackets, and is not
+    markup.
     """
     from rich.console import Console
 
@@ -109,7 +121,16 @@ def show(*things: object) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, emoji=False, width=160)
     for thing in things:
-        console.print(thing)
+        console.print(_plain(thing))
+
+
+def _plain(thing: Any) -> Any:
+    """Return a text, or rich's, in its plain form; anything else as it is."""
+    from rich.text import Text
+
+    if isinstance(thing, Text):
+        thing.plain = plain(thing.plain)
+    return plain(thing) if isinstance(thing, str) else thing
 
 
 def described_pause(pause: dict[str, Any], zone: str) -> str:

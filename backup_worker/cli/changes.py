@@ -113,18 +113,18 @@ def show(
 
 
 def _print_change(known: Change, files: list[FileChange], rules: Rules, zone: str) -> None:
-    from backup_worker.cli._common import moment
+    from backup_worker.cli._common import moment, plain
 
-    why = f": {_plain(known.reason)}" if known.reason else ", and does not say why"
+    why = f": {plain(known.reason)}" if known.reason else ", and does not say why"
     asked = f"asked for by {known.by or 'nobody'} at {moment(known.proposed_at, zone)}{why}"
     typer.echo(f"change {known.change} of {known.agent or '-'}: {known.state}, {asked}")
     if known.decision:
         how = ", signed" if known.signed else ""
-        reason = f": {_plain(known.decided_reason)}" if known.decided_reason else ""
+        reason = f": {plain(known.decided_reason)}" if known.decided_reason else ""
         decided_at = moment(known.decided_at, zone)
         typer.echo(f"{known.decision} by {known.decided_by}{how} at {decided_at}{reason}")
     for refused in known.refused:
-        typer.echo(f"does not count: {_plain(refused)}")
+        typer.echo(f"does not count: {plain(refused)}")
     for one in files:
         _print_file(one, known.sha256.get(one.path))
     if known.state == "proposed":
@@ -133,13 +133,6 @@ def _print_change(known: Change, files: list[FileChange], rules: Rules, zone: st
         )
         if rules.need_signature:
             typer.echo(f"with a signature of somebody in {rules.signers}: --by NAME --key FILE")
-
-
-def _plain(text: str) -> str:
-    """Return `text` without what would move the cursor or hide something: it was written by who asks."""
-    return "".join(
-        char if char.isprintable() or char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in text
-    )
 
 
 def _print_file(one: FileChange, sha256: str | None) -> None:
@@ -158,8 +151,7 @@ def _print_file(one: FileChange, sha256: str | None) -> None:
     elif one.kind in ("text", "new"):
         colours = {"+": "green", "-": "red", "@": "cyan"}
         for mark, line in one.lines:
-            text = mark + _plain(line)
-            show_on_terminal(coloured(text, colours.get(mark, "")))
+            show_on_terminal(coloured(mark + line, colours.get(mark, "")))
     else:
         said = {
             "none": "proposed without its content: whoever approves it has seen nothing, and the approval is bound "

@@ -115,7 +115,7 @@ def _whole(tiers: Mapping[str, Tier]) -> list[str]:
 
 def _follow(store: IncidentStore, ids: list[str], zone: str, *, quiet: bool) -> list[Incident]:
     """Print each step of the incidents as it is done, unless `quiet`, and return them when all are closed."""
-    from backup_worker.cli._common import moment
+    from backup_worker.cli._common import moment, plain
 
     shown = dict.fromkeys(ids, 0)
     silent_until = clock.monotonic() + NOBODY_AFTER_S
@@ -126,9 +126,8 @@ def _follow(store: IncidentStore, ids: list[str], zone: str, *, quiet: bool) -> 
                 silent_until = float("inf")
                 if not quiet:
                     mark = "ok" if step.ok else "FAILED"
-                    typer.echo(
-                        f"{moment(step.at, zone)}  {incident.agent:<12} {step.step:<8} {mark:<6} {step.detail}"
-                    )
+                    what = f"{incident.agent:<12} {step.step:<8} {mark:<6} {plain(step.detail)}"
+                    typer.echo(f"{moment(step.at, zone)}  {what}")
             shown[incident.id] = len(incident.steps)
         if not any(incident.is_open for incident in found):
             return found

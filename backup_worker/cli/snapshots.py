@@ -181,6 +181,8 @@ def print_diff(result: dict[str, Any]) -> None:
     """Print a difference as `diff --json` has it."""
     import json
 
+    from backup_worker.cli._common import plain
+
     for mark, key in (("+", "added"), ("-", "removed")):
         for path in result[key]:
             typer.echo(f"{mark} {path}")
@@ -196,7 +198,7 @@ def print_diff(result: dict[str, Any]) -> None:
                 json.dumps(key[side], ensure_ascii=True) if side in key else "—" for side in ("old", "new")
             )
             delta = f" ({key['delta']:+g})" if "delta" in key else ""
-            typer.echo(f"    {key['key'] or '(whole)'}: {old} -> {new}{delta}")
+            typer.echo(f"    {plain(key['key']) or '(whole)'}: {old} -> {new}{delta}")
     if result["outside"]:
         typer.echo(f"{len(result['outside'])} paths are in the scope of only one of the two")
     if not any(result.values()):

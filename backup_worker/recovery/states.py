@@ -28,7 +28,7 @@ from backup_worker.snapshots import (
 from backup_worker.snapshots.disk import Tree, walk
 from backup_worker.snapshots.sanity import judge
 from em_bridge import clock
-from em_bridge.errors import AgentBackupError
+from em_bridge.errors import AgentBackupError, NotFound
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,22 @@ class States:
     def choose(self, agent: str, *, as_of: float, exclude: Collection[str]) -> RestorePlan:
         """Return the newest good state as of `as_of` (Unix seconds) that is none of `exclude`, proven just now.
 
+        A state of some classes of files alone is passed over, if it would leave the root without what is required.
         Raises NotFound if there is none.
         """
-        return plan_restore(self.repository, self.config.files_of(agent), as_of=as_of, exclude_states=exclude)
+        files = self.config.files_of(agent)
+        passed_over = set(exclude)
+        lacks = ""
+        while True:
+            try:
+                plan = plan_restore(self.repository, files, as_of=as_of, exclude_states=passed_over)
+            except NotFound as none:
+                raise (NotFound(f"{none.message}; {lacks}", hint=none.hint) if lacks else none) from None
+            lacking = [path for path in plan.missing_required if not _is_there(files.root / path)]
+            if not lacking:
+                return plan
+            lacks = f"{plan.state} does not hold “{lacking[0]}”, which is required, and neither does the disk"
+            passed_over.add(plan.state)
 
     def restore(
         self, agent: str, *, as_of: float, exclude: Collection[str], evidence: Path
@@ -98,6 +111,13 @@ class States:
             return _judged(files)
         except (AgentBackupError, OSError) as error:
             return [f"{files.root} cannot be judged: {error}"]
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
 
 
 def _judged(files: AgentFiles) -> list[str]:

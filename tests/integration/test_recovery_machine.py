@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from backup_worker import backups
 from backup_worker.due import STREAM, IncidentDue
 from backup_worker.recovery.incident import (
     AGAIN_AFTER_S,
@@ -47,6 +48,23 @@ def test_a_program_that_does_not_exist_escalates_instead_of_being_tried_for_ever
     assert not failed.ok
     assert "no such file" in failed.detail
     assert not any(key.startswith("recovery/") for key in fleet.alerts())
+
+
+def test_memory_alone_is_no_state_to_go_back_to_where_the_charter_is_gone(fleet: Fleet) -> None:
+    fleet.add("z", files={"memory": ["memory/**"]})
+    schedule = fleet.folder / "config" / "backup_schedule.json"
+    document = json.loads(schedule.read_text())
+    document["tiers"]["daily"] = {"cron": "0 7 * * *", "include": ["memory"], "slot": "%Y-%m-%d", "keep": 9}
+    schedule.write_text(json.dumps(document))
+    daily = backups.by_hand(fleet.runtime, "z", "daily", now=time.time()).id
+    (fleet.root("z") / "memory" / "notes.md").unlink()
+    assert fleet.recover("z").chosen == (daily,), "the charter stands there"
+    fleet.kill("z")
+    (fleet.root("z") / "SOUL.md").write_text("")
+    incident = fleet.recover("z")
+    assert incident.state == ESCALATED
+    assert f"{daily} does not hold “SOUL.md”" in incident.steps[-1].detail
+    assert fleet.running("z") == []
 
 
 def test_a_living_agent_is_not_restored_over(fleet: Fleet) -> None:

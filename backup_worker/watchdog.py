@@ -52,7 +52,7 @@ class Watchdog:
             return TICK_S
         now = streams.server_time(self.client)
         detector = self._detector or self._begin(now)
-        self._read_beats(detector)
+        self._read_beats(detector, now)
         changes = detector.tick(now)
         for change in changes:
             level = logging.ERROR if change.state == DEAD else logging.INFO
@@ -83,7 +83,7 @@ class Watchdog:
     def _limit(self, agent: str) -> float:
         return self.watch.current.agents[agent].heartbeat.dead_after
 
-    def _read_beats(self, detector: Detector) -> None:
+    def _read_beats(self, detector: Detector, now: float) -> None:
         for entry_id, fields in streams.read_range(self.client, streams.HEARTBEATS, start=f"({self._cursor}"):
             self._cursor = entry_id
             try:
@@ -92,7 +92,8 @@ class Watchdog:
                 # The EM's monitor reports such entries.
                 continue
             if isinstance(beat, Heartbeat) and beat.agent == EM:
-                at = streams.entry_time(entry_id)
+                # Ids do not go back when the server's clock does: they would lie in the future for as long.
+                at = min(streams.entry_time(entry_id), now)
                 detector.observe(EM, beat.incarnation, at, status=beat.status, entry=entry_id, pid=beat.pid)
 
 

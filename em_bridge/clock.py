@@ -14,6 +14,11 @@ def now() -> float:
     return time.time()
 
 
+def since_boot() -> float:
+    """Return the seconds since this machine was started, those of its sleep included: no clock that can be set."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def monotonic() -> float:
     """Return seconds that never go backwards; only differences mean something."""
     return time.monotonic()

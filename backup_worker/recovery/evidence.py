@@ -141,7 +141,7 @@ def why_not_used(head: Head, incident: Incident) -> str:
         return "; ".join(found[:PROBLEMS_SHOWN]) + more or "it is not good"
     if head.id in incident.tried:
         return "it was restored, and the agent did not live on it"
-    if head.created_at > incident.opened_at:
+    if head.created_at > incident.known_until:
         return "it was made after the incident was opened"
     if not incident.attempts:
         return "no state was tried; see what was done"

@@ -129,6 +129,8 @@ class Incident:
     id: str
     agent: str
     opened_at: float
+    as_of: float | None = None
+    """Snapshots that were made later are never chosen; older incidents have it not, and mean the opening."""
     reason: str = ""
     state: str = OPEN
     phase: str = FENCE
@@ -171,6 +173,11 @@ class Incident:
     """What the agent's `health` command said last, if it beats but is not well: its beats alone wake nobody then."""
     resumes: int = 0
     """How often the present phase was begun without having come to an end."""
+
+    @property
+    def known_until(self) -> float:
+        """What was stored, or changed, later is no part of the agent's life before its death."""
+        return self.opened_at if self.as_of is None else self.as_of
 
     @property
     def is_open(self) -> bool:

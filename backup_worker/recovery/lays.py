@@ -36,18 +36,20 @@ class Lays(Waits):
             if not problems:
                 detail = f"the state on disk is sane: starting on it first{why}"
                 chosen = self._noted(incident, SELECT, True, detail)
-                return self._enter(chosen, DEPEND, chosen=(CURRENT,), deadline=self._patience(agent))
+                return self._enter(
+                    chosen, DEPEND, chosen=(CURRENT,), deadline=self.now() + self._patience_s(agent)
+                )
             insane = "the state on disk is not sane: " + "; ".join(problems)
             incident = self._keep(self._noted(incident, SELECT, False, insane))
         # As of the death: what was stored of the dead agent since is no state to go back to.
         try:
-            plan = self.states.choose(incident.agent, as_of=incident.opened_at, exclude=incident.tried)
+            plan = self.states.choose(incident.agent, as_of=incident.known_until, exclude=incident.tried)
         except NotFound:
             if incident.attempts > incident.inherited or not incident.inherited:
                 raise
             # It lived on that state for a while, and there is no other one.
             incident = replace(incident, tried=())
-            plan = self.states.choose(incident.agent, as_of=incident.opened_at, exclude=())
+            plan = self.states.choose(incident.agent, as_of=incident.known_until, exclude=())
         chosen = self._noted(incident, SELECT, True, "state of " + ", ".join(plan.sources))
         return self._enter(chosen, RESTORE, chosen=plan.sources)
 
@@ -56,14 +58,14 @@ class Lays(Waits):
         if incident.tried or (incident.by_hand and incident.reapply):
             return ""
         heard_at = witnesses.last_heard(self.client, incident.agent)
-        if not incident.by_hand and heard_at is not None and heard_at < witnesses.host_started():
+        if not incident.by_hand and heard_at is not None and self.now() - heard_at > witnesses.up_s():
             return ", since the host was started after it was heard last"
         return ", as recovery.first_try says" if agent.recovery.first_try == CURRENT else ""
 
     def _restore(self, incident: Incident, agent: AgentConfig) -> Incident:
         result, plan = self.states.restore(
             incident.agent,
-            as_of=incident.opened_at,
+            as_of=incident.known_until,
             exclude=incident.tried,
             evidence=self._next_tree(incident),
         )
@@ -77,7 +79,7 @@ class Lays(Waits):
         if done.reapply:
             done = self._put_back(done)
         # The state is chosen anew for the restore, so what was restored is what counts.
-        return self._enter(done, DEPEND, chosen=result.sources, deadline=self._patience(agent))
+        return self._enter(done, DEPEND, chosen=result.sources, deadline=self.now() + self._patience_s(agent))
 
     def _next_tree(self, incident: Incident) -> Path:
         return self.evidence_folder(incident) / f"tree-{len(incident.evidence) + 1}"
@@ -86,7 +88,7 @@ class Lays(Waits):
         # Against what stood there at the death: later trees are those of states that were tried.
         kept = Path(incident.evidence[0]) if incident.evidence else None
         known = changes.all_changes(self.client, approvals.rules(self.config))
-        loss = self.states.loss(plan, kept, known, until=incident.opened_at)
+        loss = self.states.loss(plan, kept, known, until=incident.known_until)
         lost = tuple(map(printable, (loss.lost or ())[: notice.SHOWN]))
         count = None if loss.lost is None else len(loss.lost)
         # What was left out before, by this incident or the one that it follows, is in no older state either.

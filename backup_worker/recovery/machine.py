@@ -204,9 +204,12 @@ class Recovery(Lays):
             raise AgentBackupError("the new process has ended: " + self._last_words(incident.agent))
         beats = self._beats(incident.start_mark, incident.agent)
         now = self.now()
-        incident = self._with_sane_deadline(incident, agent, now)
+        incident = self._with_sane_deadline(incident, agent.heartbeat.verify_within, now)
+        is_late = incident.deadline is not None and now >= incident.deadline
+        # Before the deadline nothing can have come behind it, whatever clock its entry was written by.
+        until = incident.deadline if is_late else None
         incarnation, count = beats.streak(
-            incident.agent, incident.start_mark, incident.old_incarnations, until=incident.deadline
+            incident.agent, incident.start_mark, incident.old_incarnations, until=until
         )
         if count >= agent.heartbeat.stable_beats:
             proof = f"{count} beats in a row of incarnation {incarnation}"
@@ -227,13 +230,6 @@ class Recovery(Lays):
                 + (incident.unwell or self._last_words(incident.agent))
             )
         return self._sleep(incident, min(now + LOOK_AGAIN_S, incident.deadline or now + LOOK_AGAIN_S))
-
-    def _with_sane_deadline(self, incident: Incident, agent: AgentConfig, now: float) -> Incident:
-        """Return the incident with a deadline that is not further away than it ever was: the clock may be set back."""
-        latest = now + agent.heartbeat.verify_within
-        if incident.deadline is None or incident.deadline <= latest:
-            return incident
-        return replace(incident, deadline=latest)
 
     def _examined(self, incident: Incident, agent: AgentConfig, now: float) -> Health | None:
         """Return what the agent's `health` command says; None if it has none."""

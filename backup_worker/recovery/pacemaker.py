@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from backup_worker.due import STREAM, IncidentDue
-from backup_worker.recovery import heartbeats
+from backup_worker.recovery import heartbeats, watching
 from backup_worker.recovery.incident import (
     CONFIRM,
     DEADLINES,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from backup_worker.config import Config
 
 BUSY_TICK_S, IDLE_TICK_S = 0.1, 1.0
-CLOCK_STEP_S = 1.0
-"""A server's clock that goes back by more than this was set."""
 
 _MOVE = """
 local due = redis.call('ZSCORE', KEYS[1], ARGV[1])
@@ -53,7 +51,6 @@ class Pacemaker:
         self.store = IncidentStore(client)
         self.beats = heartbeats.Beats()
         self._woken: dict[str, int] = {}
-        self._last = 0.0
         self._move = client.register_script(_MOVE)
 
     def tick(self, config: Config, now: float) -> float:
@@ -67,8 +64,7 @@ class Pacemaker:
         if not self.beats.by_agent:
             self.beats.cursor = heartbeats.earliest(incident.beat_mark for incident in waiting)
         heartbeats.read(self.client, self.beats)
-        was_set_back, self._last = now < self._last - CLOCK_STEP_S, now
-        if was_set_back:
+        if watching.note(self.client, now):
             # Every deadline is now further away than anybody wanted.
             self.client.zadd(DEADLINES, {incident.id: now for incident in waiting}, xx=True, lt=True)
         for incident in waiting:

@@ -66,6 +66,9 @@ class RecoveryService:
             self.runtime.record("agent-state", agent=agent, state=state, reason=reason)
             return None
         last = self.store.latest([agent]).get(agent)
+        if last is not None and (last.closed_at or 0.0) > streams.server_time(self.runtime.redis):
+            # The clock was set back since: nothing can be said of what was first.
+            last = None
         if last is not None and last.closed_at is not None and at <= last.closed_at:
             self.runtime.record(
                 "agent-state", agent=agent, state=state, reason=f"{reason} (before {last.id} ended)"
@@ -106,7 +109,18 @@ class RecoveryService:
         now = streams.server_time(self.runtime.redis)
         token = f"{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
         mark = streams.last_id(self.runtime.redis, streams.HEARTBEATS)
-        return self.store.open(agent, token=token, now=now, reason=reason, beat_mark=mark, **facts)
+        as_of = max(now, self._newest_snapshot_at(agent))
+        return self.store.open(
+            agent, token=token, now=now, reason=reason, beat_mark=mark, as_of=as_of, **facts
+        )
+
+    def _newest_snapshot_at(self, agent: str) -> float:
+        """Return when the newest snapshot was made: the future, if the clock was set back since."""
+        try:
+            return max((head.created_at for head in self.runtime.repository.snapshots(agent)), default=0.0)
+        except (AgentBackupError, OSError) as error:
+            log.error("the snapshots of %s cannot be listed: %s", agent, error)
+            return 0.0
 
     def _continuing(self, agent: str, last: Incident | None, at: float) -> dict[str, Any]:
         """Return what the incident of a death told at `at` takes over from the agent's last one."""

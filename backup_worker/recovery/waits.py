@@ -8,9 +8,10 @@ patience.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from backup_worker.recovery import breakers, witnesses
+from backup_worker.recovery import breakers, watching, witnesses
 from backup_worker.recovery.ends import Ends
 from backup_worker.recovery.incident import CONFIRM, DEPEND, ESCALATED, FENCE, RECOVERED, START, Incident
 from backup_worker.recovery.pacemaker import missing_dependencies
@@ -50,8 +51,7 @@ class Waits(Ends):
                 why = "; ".join([*problems, verdict.detail])
                 return self._hold(incident, f"{len(together)} agents fell silent together: {why}", now)
         if not verdict.is_dead:
-            wait_s = max(0.1, incident.opened_at + agent.heartbeat.dead_after - now)
-            return self._sleep(incident, now + min(LOOK_AGAIN_S, wait_s))
+            return self._sleep(incident, now + min(LOOK_AGAIN_S, agent.heartbeat.dead_after))
         return self._enter(self._noted(incident, CONFIRM, True, verdict.detail), FENCE)
 
     def _verdict(
@@ -68,9 +68,17 @@ class Waits(Ends):
             incident.agent, incident.beat_mark, agent.heartbeat.stable_beats, fresh_since
         )
         heard_at = beats.last_at(incident.agent) or incident.opened_at
+        silent_s = now - watching.not_before(self.client, heard_at, now)
         return witnesses.judge(
-            running, steady=steady, silent_s=now - heard_at, limit_s=agent.heartbeat.dead_after, mass=mass
+            running, steady=steady, silent_s=silent_s, limit_s=agent.heartbeat.dead_after, mass=mass
         )
+
+    def _with_sane_deadline(self, incident: Incident, limit_s: float, now: float) -> Incident:
+        """Return the incident with a deadline before which `limit_s` seconds were watched without a gap."""
+        if incident.deadline is None:
+            return incident
+        begun = watching.not_before(self.client, incident.deadline - limit_s, now)
+        return replace(incident, deadline=begun + limit_s)
 
     def _back(self, incident: Incident, detail: str) -> Incident:
         """Close the incident of an agent that lives; one that does this all the time is given to a human."""
@@ -84,11 +92,11 @@ class Waits(Ends):
             incident = self._noted(incident, HOLD, True, detail)
         return self._sleep(incident, now + HELD_LOOK_S)
 
-    def _patience(self, agent: AgentConfig) -> float:
-        """Return until when the agent waits for those that it needs: the death of one of them may yet be noticed."""
+    def _patience_s(self, agent: AgentConfig) -> float:
+        """Return for how long the agent waits for those that it needs: the death of one of them may yet be noticed."""
         needed = (self.config.agents.get(name) for name in agent.depends_on)
         notice_s = max((one.heartbeat.dead_after for one in needed if one is not None), default=0.0)
-        return self.now() + agent.heartbeat.verify_within + notice_s
+        return agent.heartbeat.verify_within + notice_s
 
     def _depend(self, incident: Incident, agent: AgentConfig) -> Incident | None:
         if agent.depends_on:
@@ -104,6 +112,7 @@ class Waits(Ends):
         self, incident: Incident, agent: AgentConfig, missing: list[str], latest: Mapping[str, Incident]
     ) -> Incident | None:
         now = self.now()
+        incident = self._with_sane_deadline(incident, self._patience_s(agent), now)
         last = {name: latest[name] for name in missing if name in latest}
         is_late = incident.deadline is not None and now >= incident.deadline
         since = 0.0 if is_late else incident.opened_at

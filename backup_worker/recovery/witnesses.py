@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from em_bridge import streams
+from backup_worker.recovery import proc
+from em_bridge import clock, streams
 from em_bridge.events import DEAD
 from em_bridge.monitor import read_record
 
@@ -142,6 +143,7 @@ def last_heard(client: Redis, agent: str) -> float | None:
     return found
 
 
-def host_started() -> float:
-    """Return when all that runs on this host, or in this container, can have been started at the earliest."""
-    return psutil.Process(1).create_time()
+def up_s() -> float:
+    """Return for how many seconds this host, or this container, is up: by no clock that anybody can set."""
+    started_s = (proc.started(1) or 0) / os.sysconf("SC_CLK_TCK")
+    return clock.since_boot() - started_s

@@ -189,7 +189,7 @@ def test_after_a_restart_of_the_host_an_agent_is_simply_started(fleet: Fleet) ->
     fleet.add("z")
     fleet.backup("z")
     (fleet.root("z") / "memory" / "since.md").write_text("learned since\n")
-    incident = fleet.drive(told(fleet, "z", last_beat=witnesses.host_started() - 10))[0]
+    incident = fleet.drive(told(fleet, "z", last_beat=time.time() - witnesses.up_s() - 10))[0]
     assert (incident.state, incident.chosen) == (RECOVERED, (CURRENT,))
     assert (fleet.root("z") / "memory" / "since.md").exists()
     assert "host was started" in next(one for one in incident.steps if one.step == "select").detail
@@ -199,7 +199,7 @@ def test_after_a_restart_a_state_that_is_not_sane_is_restored(fleet: Fleet) -> N
     fleet.add("z")
     stored = fleet.backup("z")
     fleet.wipe("z")
-    incident = fleet.drive(told(fleet, "z", last_beat=witnesses.host_started() - 10))[0]
+    incident = fleet.drive(told(fleet, "z", last_beat=time.time() - witnesses.up_s() - 10))[0]
     assert (incident.state, incident.chosen) == (RECOVERED, (stored,))
 
 

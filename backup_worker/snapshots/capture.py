@@ -15,8 +15,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from operator import attrgetter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +190,7 @@ class Capture:
                 # Not kept in here: this process may take many parts.
                 entry, state = self.done.entries.pop(path, None), self._states.pop(path, None)
                 if entry is not None and path not in shared:
-                    taken.append((_as_row(entry), None if state == found[path] else state))
+                    taken.append((entry, None if state == found[path] else state))
             # Of the shared ones all is known there already: their numbers will do.
             return taken, given_up, [number for number, path in enumerate(part) if path in shared]
 
@@ -227,7 +226,7 @@ class Capture:
         if target is None:
             with contextlib.suppress(OSError, Changed):  # gone or changed meanwhile: the next round sees it
                 if xattrs := self.files.xattrs(self.source.folder(path)):
-                    entry = replace(entry, xattrs=xattrs)
+                    entry = entry._replace(xattrs=xattrs)
         self._took(path, entry, info)
 
     def _take_file(self, path: str) -> None:
@@ -281,12 +280,7 @@ class Capture:
         return False
 
 
-_ENTRY_FIELDS = tuple(item.name for item in fields(Entry))
-_as_row = attrgetter(*_ENTRY_FIELDS)
-"""What another process says of an entry."""
-
-
 def _from_row(row: Sequence[Any]) -> Entry:
-    values = dict(zip(_ENTRY_FIELDS, row, strict=True))
-    values["xattrs"] = tuple((name, value) for name, value in values["xattrs"])
-    return Entry(**values)
+    """Return the entry that another process sent as JSON, which knows no tuples."""
+    entry = Entry._make(row)
+    return entry._replace(xattrs=tuple((name, value) for name, value in entry.xattrs))

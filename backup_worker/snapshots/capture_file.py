@@ -14,7 +14,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from backup_worker.snapshots import large, sqlite
@@ -78,7 +78,7 @@ class FileCapture:
         """Return the entry of a file that `share` has shared, here or in another process."""
         assert self.previous is not None, "nothing is shared with nothing"
         old = self.previous.entries[path]
-        return old if old.linked else _linked(old)
+        return old if old.linked else old._replace(linked=True)
 
     def copy_small(self, path: str, fd: int, listed: State, now: float) -> Entry | None:
         """Copy a file at rest that `is_small`, open as `fd`, with the fewest calls; None: it needs `copy`.
@@ -194,8 +194,8 @@ class FileCapture:
         except OSError as error:
             raise Unreadable(f"its attributes cannot be read: {(error.strerror or '').lower()}") from error
         if not entry.sqlite and clock.now() - max(before.st_mtime, before.st_ctime) >= TRUST_S:
-            return replace(entry, xattrs=xattrs, inode=before.st_ino, ctime_ns=before.st_ctime_ns)
-        return replace(entry, xattrs=xattrs, inode=0, ctime_ns=0) if xattrs or entry.inode else entry
+            return entry._replace(xattrs=xattrs, inode=before.st_ino, ctime_ns=before.st_ctime_ns)
+        return entry._replace(xattrs=xattrs, inode=0, ctime_ns=0) if xattrs or entry.inode else entry
 
     def _share_twin(self, path: str, known: Entry) -> Entry | None:
         """Share with an earlier path of this snapshot that is the same file: a hard link."""
@@ -212,7 +212,7 @@ class FileCapture:
             raise
         finally:
             os.close(held)
-        return replace(known, path=path, hardlink=known.path)
+        return known._replace(path=path, hardlink=known.path)
 
     def _copy(self, path: str, fd: int, before: State) -> Entry:
         old = self.previous.entries.get(path) if self.previous else None
@@ -228,7 +228,7 @@ class FileCapture:
         if old and old.kind == "file" and (old.size, old.mtime_ns) == (before.st_size, before.st_mtime_ns):
             entry = self._hash(path, fd, before, None)
             if self._link(entry):
-                return replace(entry, linked=True)
+                return entry._replace(linked=True)
             os.lseek(fd, 0, os.SEEK_SET)
         folder, _, name = path.rpartition("/")
         out = self._create(path, folder, name)
@@ -236,7 +236,7 @@ class FileCapture:
             entry = self._hash(path, fd, before, out)
         finally:
             os.close(out)
-        return replace(entry, linked=True) if self._link(entry) else entry
+        return entry._replace(linked=True) if self._link(entry) else entry
 
     def _create(self, path: str, folder: str, name: str) -> int:
         try:
@@ -279,7 +279,7 @@ class FileCapture:
         finally:
             os.close(stored)
         entry = entry_of(path, before, sha256=digest, size=size, sqlite=True)
-        return replace(entry, linked=True) if self._link(entry) else entry
+        return entry._replace(linked=True) if self._link(entry) else entry
 
     def _link(self, entry: Entry) -> bool:
         """Put the previous snapshot's file in place of a copy of the same content; tell whether that was possible."""
@@ -346,14 +346,6 @@ def entry_of(
     return Entry(
         path, kind, size, stat.S_IMODE(info.st_mode), info.st_mtime_ns, info.st_uid, info.st_gid, sha256=sha256,
         target=target, sqlite=sqlite, linked=linked, xattrs=xattrs,
-    )  # fmt: skip
-
-
-def _linked(old: Entry) -> Entry:
-    # Spelled out: `dataclasses.replace` takes five times as long, and most files of a fleet come by here.
-    return Entry(
-        old.path, old.kind, old.size, old.mode, old.mtime_ns, old.uid, old.gid, old.sha256, old.target, True,
-        old.sqlite, old.hardlink, old.xattrs, old.inode, old.ctime_ns,
     )  # fmt: skip
 
 

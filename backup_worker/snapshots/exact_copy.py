@@ -11,7 +11,6 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import replace
 
 from backup_worker.snapshots import disk, large
 from backup_worker.snapshots.content import CHUNK_BYTES, ReadError, write_whole
@@ -68,7 +67,7 @@ def copy_any(source: Tree, target: Tree, path: str, info: os.stat_result) -> Non
         text = os.readlink(name, dir_fd=from_folder)
         to_folder, _ = target.at(path)
         os.symlink(text, name, dir_fd=to_folder)
-        dress(target, [replace(entry, kind="link", target=text)])
+        dress(target, [entry._replace(kind="link", target=text)])
     elif stat.S_ISREG(info.st_mode):
         copy_file(source, target, entry, finish=True)
 

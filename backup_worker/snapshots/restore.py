@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ class _Replacing:
                 # Who is not root may not move a folder that may not be written: the root gets that mode in its place.
                 undressed = [
                     entry if privileged or entry.path != "." or workshop.inside
-                    else replace(entry, mode=entry.mode | 0o200)
+                    else entry._replace(mode=entry.mode | 0o200)
                     for entry in (*entries, *folders)
                 ]  # fmt: skip
                 dress(staged, (entry for entry in undressed if stays_readable(entry, privileged)))

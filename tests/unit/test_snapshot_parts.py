@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,7 @@ def test_a_snapshot_made_by_several_processes_is_the_one_that_one_process_makes(
     monkeypatch.setattr(parts, "FROM", 10**6)
     one = place.take(tier="other", slot="one", now=NOON + 2)
     assert many.entries == one.entries
-    assert [replace(entry, linked=False) for entry in again.entries] == list(many.entries)
+    assert [entry._replace(linked=False) for entry in again.entries] == list(many.entries)
     assert many.problems == again.problems == one.problems
     assert [problem.path for problem in many.problems] == ["skills/broken.py"]
     for made in (many, again, one):

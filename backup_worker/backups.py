@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from backup_worker import timings
+from backup_worker.approval import approvals, standing
+from backup_worker.approval.approved import ApprovedState, Differences
 from backup_worker.config import Tier
 from backup_worker.runtime import Runtime
 from backup_worker.schedule import slot_name
@@ -50,6 +53,8 @@ def make(
 ) -> Manifest:
     """Make a snapshot, put it on the record and apply retention; the options are those of `take_snapshot`."""
     begun = clock.monotonic()
+    if attest is None and approved is None:
+        attest = _standing(runtime, agent, tier)
     snapshot = take_snapshot(
         runtime.repository,
         runtime.config.files_of(agent),
@@ -70,6 +75,17 @@ def make(
     _record(runtime, snapshot)
     keep_within(runtime, agent, tier_name, now)
     return snapshot
+
+
+def _standing(runtime: Runtime, agent: str, tier: Tier) -> Attest:
+    """Return what marks a snapshot `unapproved` if it holds guarded files that nobody has approved."""
+
+    def covered(state: ApprovedState, differing: Differences) -> Collection[str]:
+        return approvals.covered(runtime.redis, approvals.rules(runtime.config), state, differing)
+
+    files = runtime.config.files_of(agent)
+    known = covered if runtime.client is not None else None
+    return standing.attest(runtime.repository, files, tier.include, known)
 
 
 def _record(runtime: Runtime, snapshot: Manifest) -> None:

@@ -26,6 +26,7 @@ from em_bridge.publisher import Publisher
 if TYPE_CHECKING:
     from redis import Redis
 
+    from backup_worker.approval.approved import ApprovedState, Differences
     from backup_worker.config import Config
 
 BOUND = "backup:changes:bound"
@@ -209,6 +210,19 @@ def compare(
 def _packed(found: Found) -> bytes:
     # A file's name need not be text.
     return bytes(msgpack.packb(dict(found), unicode_errors="surrogateescape"))
+
+
+def covered(client: Redis, rules: Rules, state: ApprovedState, differing: Differences) -> dict[str, Change]:
+    """Return which of the `differing` paths hold what a change allows that is newer than their approved state."""
+    newer = {
+        entry: allowed(client, rules, state.agent, entry) for entry in set(map(state.newest_entry, differing))
+    }
+    found = {}
+    for path, (_, have) in differing.items():
+        change = newer[state.newest_entry(path)].get(path, {}).get(have or "")
+        if change is not None:
+            found[path] = change
+    return found
 
 
 def allowed(client: Redis, rules: Rules, agent: str, after: str) -> dict[str, dict[str, Change]]:

@@ -26,6 +26,9 @@ How = Literal["first-seen", "by-name", "signed", "em-word", "unseen"]
 """Why a file's state was accepted: as it was found at first, approved by name, with a signature, on the EM's word in
 `config.applied`, or approved without its content having been proposed."""
 
+Differences = Mapping[str, tuple[str | None, str | None]]
+"""Path -> SHA-256 that is approved and that was found; None is no file."""
+
 _STATE = "state.json"
 _FORMAT = 1
 MOST_BYTES = 8 * 1024 * 1024
@@ -55,6 +58,14 @@ class ApprovedState:
     agent: str
     scope: Scope
     files: Mapping[str, Held] = field(default_factory=dict)
+
+    def differences(self, found: Mapping[str, str]) -> Differences:
+        """Return what of `found` (path -> SHA-256) is not as approved, and what is not there; within the scope."""
+        wanted = {path: held.sha256 for path, held in self.files.items() if self.scope.covers(path)}
+        here = {path: digest for path, digest in found.items() if self.scope.covers(path)}
+        paths = sorted(wanted.keys() | here.keys())
+        pairs = ((path, (wanted.get(path), here.get(path))) for path in paths)
+        return {path: (want, have) for path, (want, have) in pairs if want != have}
 
     def newest_entry(self, path: str) -> str:
         """Return the decision behind which another one must stand to take its place."""

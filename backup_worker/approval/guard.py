@@ -24,7 +24,7 @@ import msgpack
 from backup_worker import alerts as alerting
 from backup_worker import backups
 from backup_worker.approval import approvals, guarded
-from backup_worker.approval.approved import ApprovedState, ApprovedStates, Held, How
+from backup_worker.approval.approved import ApprovedState, ApprovedStates, Differences, Held, How
 from backup_worker.runtime import Runtime
 from backup_worker.schedule import slot_name
 from backup_worker.snapshots import Manifest, SnapshotError
@@ -88,11 +88,11 @@ def _scan(runtime: Runtime, agent: str, now: float) -> dict[str, Any]:
     state, known = states.load(agent), deviations(runtime, agent)
     if state is None or state.scope != scope:
         state = _accept_first(runtime, states, state, agent, look, known, now)
-    differing = differences(state, look.found)
+    differing = state.differences(look.found)
     accepted = _approved_since(runtime, state, differing)
     if accepted:
         state = accept(runtime, agent, accepted, from_root=True)
-        differing = differences(state, look.found)
+        differing = state.differences(look.found)
     current = {
         path: _deviation(known.get(path), want, have, look.changed_at.get(path, now), now)
         for path, (want, have) in differing.items()
@@ -105,14 +105,6 @@ def _scan(runtime: Runtime, agent: str, now: float) -> dict[str, Any]:
     told = [printable(path) for path, one in sorted(current.items()) if one.key]
     not_yet = [printable(path) for path, one in sorted(current.items()) if not one.key]
     return {"deviating": told, "fresh": not_yet, "files": len(look.found)}
-
-
-def differences(state: ApprovedState, found: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
-    """Return path -> (approved, found) of what differs, in the scope of `state`. Pure."""
-    wanted = {path: held.sha256 for path, held in state.files.items() if state.scope.covers(path)}
-    here = {path: digest for path, digest in found.items() if state.scope.covers(path)}
-    paths = sorted(wanted.keys() | here.keys())
-    return {path: (wanted.get(path), here.get(path)) for path in paths if wanted.get(path) != here.get(path)}
 
 
 def accept(runtime: Runtime, agent: str, files: Mapping[str, Held], *, from_root: bool = False,
@@ -193,20 +185,15 @@ def _accept_first(
     return states.accept(agent, guarded.scope_of(runtime.config, agent), {}, lambda _: None)
 
 
-def _approved_since(
-    runtime: Runtime, state: ApprovedState, differing: Mapping[str, tuple[str | None, str | None]]
-) -> dict[str, Held]:
+def _approved_since(runtime: Runtime, state: ApprovedState, differing: Differences) -> dict[str, Held]:
     """Return what differs because of an approved change that nobody has said is applied, or was not looked at yet."""
     if not differing or runtime.client is None:
         return {}
-    rules = approvals.rules(runtime.config)
-    found = {}
-    for path, (_, have) in differing.items():
-        newer = approvals.allowed(runtime.client, rules, state.agent, state.newest_entry(path)).get(path, {})
-        if have is not None and have in newer:
-            change = newer[have]
-            found[path] = held(change, have, _mode(runtime, state.agent, path), change.decided_at or 0.0)
-    return found
+    covered = approvals.covered(runtime.client, approvals.rules(runtime.config), state, differing)
+    return {
+        path: held(change, differing[path][1], _mode(runtime, state.agent, path), change.decided_at or 0.0)
+        for path, change in covered.items()
+    }
 
 
 def _mode(runtime: Runtime, agent: str, path: str) -> int:

@@ -78,7 +78,7 @@ def plan(runtime: Runtime, agent: str, now: float) -> RevertPlan:
         )
     look = guarded.look(None, files, state.scope, now)
     steps, missing = [], []
-    for path, (want, have) in guard.differences(state, look.found).items():
+    for path, (want, have) in state.differences(look.found).items():
         content = approved_content(runtime.repository, state, path, want) if want else None
         if want and content is None:
             missing.append(path)

@@ -51,6 +51,7 @@ def back_up(
 
     `quiet` shows no progress, also where there is a terminal.
     """
+    from backup_worker.approval import standing
     from backup_worker.snapshots.take import taking
 
     def work(agent: AgentFiles) -> Work[dict[str, Any]]:
@@ -58,7 +59,8 @@ def back_up(
         wanted = options(now)
         failed = {"agent": agent.name, "tier": wanted["tier"], "at": now}
         try:
-            manifest = yield from taking(repo, agent, **wanted)
+            attest = standing.attest(repo, agent, wanted["include"])
+            manifest = yield from taking(repo, agent, attest=attest, **wanted)
         except AgentBackupError as error:
             return failed | {"error": error.message, "hint": error.hint}
         return _row(manifest) | {"facts": _facts(manifest), "at": now}

@@ -39,7 +39,7 @@ from backup_worker.snapshots.together import Sync, Work, alone, weight
 from backup_worker.snapshots.verify import read_all_back
 from em_bridge.errors import NotFound, UsageError
 
-Attest = Callable[[Mapping[str, Entry]], tuple[bool, str | None]]
+Attest = Callable[[Mapping[str, Entry]], tuple[bool | None, str | None]]
 """Says of what was captured, by path, whether it was approved, and by whom."""
 
 

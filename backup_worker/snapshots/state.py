@@ -308,7 +308,9 @@ def compare(plan: RestorePlan, target: Path) -> Changes:
 
 
 def _newest_content(plan: RestorePlan) -> dict[str, Entry]:
-    manifests = _deciding(plan.repo, plan.repo.snapshots(plan.agent.name))
+    # What is damaged is passed over by a restore, so nothing in it can be counted on.
+    heads = [head for head in plan.repo.snapshots(plan.agent.name) if not head.damaged]
+    manifests = _deciding(plan.repo, heads)
     return compose(plan.repo, plan.agent, manifests).by_path if manifests else {}
 
 

@@ -235,6 +235,16 @@ def test_the_dry_run_says_what_would_change_and_what_would_be_lost(place: Place)
     assert content_of(place.root) == before
 
 
+def test_what_only_a_damaged_backup_holds_counts_as_lost(place: Place) -> None:
+    place.take(slot="1")
+    place.write("memory/notes.md", "in a newer backup")
+    newer = place.take(slot="2", now=NOON + 1)
+    (place.repo.root / newer.id / "files" / "SOUL.md").write_text("rotten\n")
+    plan = plan_restore(place.repo, place.agent)
+    assert plan.state != newer.id
+    assert compare(plan, place.root).lost == ("memory/notes.md",)
+
+
 def test_a_stale_log_is_not_played_into_a_restored_database(place: Place) -> None:
     database = place.root / "memory" / "mind.db"
     with sqlite3.connect(database) as connection:

@@ -228,7 +228,7 @@ def verify(
     Example: `backup-worker verify weekly/2026-W48/z --heal`
     """
     from backup_worker.cli._progress import shown
-    from backup_worker.snapshots import heal_snapshot, verify_snapshot
+    from backup_worker.snapshots import Sources, heal_snapshot, verify_snapshot
     from backup_worker.snapshots.manifest import split_id
 
     _, repo, history = opened(config)
@@ -239,11 +239,12 @@ def verify(
     good: list[str] = []
     bad: list[dict[str, str]] = []
     healed: list[dict[str, str]] = []
+    sources = Sources(repo)
     for identifier in shown(wanted, "verifying", quiet=as_json):
         now = clock.now()
         agent = split_id(identifier)[2]
         if heal:
-            problems, mended = heal_snapshot(repo, identifier, now)
+            problems, mended = heal_snapshot(repo, identifier, now, sources)
             for one in mended:
                 healed.append({"id": identifier} | one.as_json())
                 history.append("heal", now=now, agent=agent, **healed[-1])

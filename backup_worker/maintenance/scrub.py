@@ -15,7 +15,15 @@ from typing import Any
 from backup_worker import alerts
 from backup_worker.maintenance import rolling
 from backup_worker.runtime import Runtime
-from backup_worker.snapshots import Head, Healed, Problem, SnapshotError, heal_snapshot, verify_snapshot
+from backup_worker.snapshots import (
+    Head,
+    Healed,
+    Problem,
+    SnapshotError,
+    Sources,
+    heal_snapshot,
+    verify_snapshot,
+)
 from em_bridge import clock
 from em_bridge.errors import NotFound
 
@@ -63,12 +71,12 @@ def run(runtime: Runtime, now: float, *, every_s: float) -> dict[str, Any]:
     behind = any(now - (head.verified_at or head.created_at) > period_s(runtime) * 0.95 for head in heads)
     limit_s = BEHIND_RUN_S if behind else RUN_S
     started = clock.monotonic()
-    verified, bad = 0, []
+    verified, bad, sources = 0, [], Sources(runtime.repository)
     for identifier in plan(runtime, heads, now=now, every_s=every_s):
         if clock.monotonic() - started > limit_s:
             break
         try:
-            sound = verify(runtime, identifier, now)
+            sound = verify(runtime, identifier, now, sources)
         except NotFound:
             continue  # pruned meanwhile
         verified += 1
@@ -78,12 +86,12 @@ def run(runtime: Runtime, now: float, *, every_s: float) -> dict[str, Any]:
     return {"verified": verified, "bad": bad}
 
 
-def verify(runtime: Runtime, identifier: str, now: float) -> bool:
-    """Read one snapshot again and heal it if need be; record the result, open or close its alert.
+def verify(runtime: Runtime, identifier: str, now: float, sources: Sources | None = None) -> bool:
+    """Read one snapshot again and heal it (from `sources`) if need be; record the result, open or close its alert.
 
     Returns whether it is whole. Raises NotFound.
     """
-    problems, healed = _prove(runtime, identifier, now)
+    problems, healed = _prove(runtime, identifier, now, sources)
     agent = identifier.rpartition("/")[2]
     for one in healed:
         runtime.record("heal", id=identifier, agent=agent, **one.as_json())
@@ -104,9 +112,11 @@ def verify(runtime: Runtime, identifier: str, now: float) -> bool:
     return True
 
 
-def _prove(runtime: Runtime, identifier: str, now: float) -> tuple[list[Problem], list[Healed]]:
+def _prove(
+    runtime: Runtime, identifier: str, now: float, sources: Sources | None
+) -> tuple[list[Problem], list[Healed]]:
     try:
-        return heal_snapshot(runtime.repository, identifier, now)
+        return heal_snapshot(runtime.repository, identifier, now, sources)
     except SnapshotError as error:
         # A repository that is full, or mounted read-only, can be read all the same.
         log.error("snapshot %s cannot be healed: %s", identifier, error.message)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from backup_worker.snapshots.diff import Difference, KeyChange, compare_json, diff, diff_states
 from backup_worker.snapshots.errors import DamagedSnapshot, NoSpace, SnapshotError
 from backup_worker.snapshots.evidence import keep_evidence
-from backup_worker.snapshots.heal import Healed, heal_snapshot
+from backup_worker.snapshots.heal import Healed, Sources, heal_snapshot
 from backup_worker.snapshots.manifest import Entry, Head, Manifest, Problem
 from backup_worker.snapshots.repository import Repository
 from backup_worker.snapshots.restore import RestoreResult, execute, restoring
@@ -56,6 +56,7 @@ __all__ = [
     "RetentionPlan",
     "Scope",
     "SnapshotError",
+    "Sources",
     "all_states",
     "compare",
     "compare_json",

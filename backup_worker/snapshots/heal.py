@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from backup_worker.snapshots import disk
 from backup_worker.snapshots.content import copy_hashed, forget
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import SnapshotError, printable, translated
-from backup_worker.snapshots.manifest import FILES, Entry, Problem
+from backup_worker.snapshots.manifest import FILES, Entry, Head, Problem
 from backup_worker.snapshots.repository import Repository
 from backup_worker.snapshots.verify import prove
 from em_bridge.errors import NotFound
@@ -37,50 +39,78 @@ class Healed:
         return {"path": printable(self.path), "from": self.source}
 
 
+class Sources:
+    """In which snapshots each content may be found, for all that is healed in one run.
+
+    Every manifest is read when the first damage is met, and not again; eight bytes of each hash are kept, and tell
+    which manifests are worth a second look. What is made later is not looked at.
+    """
+
+    def __init__(self, repo: Repository) -> None:
+        self._repo = repo
+
+    @cached_property
+    def _known(self) -> list[tuple[Head, array[int]]]:
+        known = []
+        for head in self._repo.snapshots():
+            with contextlib.suppress(SnapshotError, NotFound):
+                hashes = {_short(e.sha256) for e in self._repo.get(head.id).entries if e.sha256}
+                known.append((head, array("Q", hashes)))
+        return known
+
+    def places(
+        self, identifier: str, wanted: Sequence[Entry]
+    ) -> dict[tuple[str | None, int], list[tuple[str, str]]]:
+        """Return (snapshot, path) of the files that should have the same contents: this agent's newest ones first."""
+        found: dict[tuple[str | None, int], list[tuple[str, str]]] = {(e.sha256, e.size): [] for e in wanted}
+        damaged = {(identifier, entry.path) for entry in wanted}
+        hashes = {_short(entry.sha256) for entry in wanted if entry.sha256}
+        heads = [head for head, known in self._known if not hashes.isdisjoint(known)]
+        own = identifier.rpartition("/")[2]
+        for head in sorted(heads, key=lambda head: (head.agent == own, head.sort_key), reverse=True):
+            with contextlib.suppress(SnapshotError, NotFound):
+                for other in self._repo.get(head.id).entries:
+                    same = found.get((other.sha256, other.size)) if other.kind == "file" else None
+                    if same is not None and (head.id, other.path) not in damaged:
+                        same.append((head.id, other.path))
+        return found
+
+
+def _short(sha256: str) -> int:
+    return int(sha256[:16], 16)
+
+
 @translated("healing")
-def heal_snapshot(repo: Repository, identifier: str, now: float) -> tuple[list[Problem], list[Healed]]:
+def heal_snapshot(
+    repo: Repository, identifier: str, now: float, sources: Sources | None = None
+) -> tuple[list[Problem], list[Healed]]:
     """Verify `identifier`, mend what can be, and verify again; return what is still wrong, and what was mended.
 
-    Raises NotFound. May run beside backups, restores and prunes.
+    Whoever heals many gives them the same `sources`. Raises NotFound. May run beside backups, restores and prunes.
     """
     with repo.hold([identifier]):
         problems = prove(repo, identifier, now=now)
         if not problems:
             return [], []
         with repo.lock("heal"):
-            healed = list(_mend(repo, identifier, {problem.path for problem in problems}))
+            paths = {problem.path for problem in problems}
+            healed = list(_mend(repo, identifier, paths, sources or Sources(repo)))
         return (prove(repo, identifier, now=now) if healed else problems), healed
 
 
-def _mend(repo: Repository, identifier: str, paths: set[str]) -> Iterator[Healed]:
+def _mend(repo: Repository, identifier: str, paths: set[str], sources: Sources) -> Iterator[Healed]:
     try:
         manifest = repo.get(identifier)
     except SnapshotError:
         return  # nothing says any more what should be there
     wanted = [entry for entry in manifest.entries if entry.kind == "file" and entry.path in paths]
     repo.prepare()
-    candidates = _candidates(repo, identifier, wanted)
+    places = sources.places(identifier, wanted) if wanted else {}
     for entry in wanted:
-        for source, path in candidates.get((entry.sha256, entry.size), ()):
+        for source, path in places.get((entry.sha256, entry.size), ()):
             if _replace(repo, identifier, entry, source, path):
                 yield Healed(entry.path, source)
                 break
-
-
-def _candidates(
-    repo: Repository, identifier: str, wanted: list[Entry]
-) -> dict[tuple[str | None, int], list[tuple[str, str]]]:
-    """Return (snapshot, path) of the files that should have the same contents: this agent's newest ones first."""
-    found: dict[tuple[str | None, int], list[tuple[str, str]]] = {(e.sha256, e.size): [] for e in wanted}
-    damaged = {(identifier, entry.path) for entry in wanted}
-    own = identifier.rpartition("/")[2]
-    for head in sorted(repo.snapshots(), key=lambda head: (head.agent == own, head.sort_key), reverse=True):
-        with contextlib.suppress(SnapshotError, NotFound):
-            for other in repo.get(head.id).entries:
-                places = found.get((other.sha256, other.size)) if other.kind == "file" else None
-                if places is not None and (head.id, other.path) not in damaged:
-                    places.append((head.id, other.path))
-    return found
 
 
 def _replace(repo: Repository, identifier: str, entry: Entry, source: str, path: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker.snapshots import heal_snapshot, plan_restore, verify_snapshot
+from backup_worker.snapshots import Repository, Sources, heal_snapshot, plan_restore, verify_snapshot
 from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves
 
 
@@ -84,3 +84,24 @@ def test_a_snapshot_healed_only_in_part_stays_damaged(place: Place) -> None:
     assert [one.path for one in healed] == ["memory/notes.md"]
     assert place.repo.get(second.id).damaged
     assert plan_restore(place.repo, place.agent).sources == ("daily/1/z",)
+
+
+def test_a_run_that_heals_many_reads_the_manifests_of_all_only_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of 12 snapshots the damaged one and the one that a sound copy comes from are read again; it was all of them.
+    for number in range(8):
+        Place(place.base, f"other-{number}").write("SOUL.md", f"{number}\n")
+        Place(place.base, f"other-{number}").take()
+    mine = [place.take(slot=f"{number}", now=NOON + number).id for number in range(4)]
+    read: list[str] = []
+    real = Repository.get
+    monkeypatch.setattr(Repository, "get", lambda repo, name: (read.append(name), real(repo, name))[1])
+    sources = Sources(place.repo)
+    for identifier in mine[:3]:
+        rot(place.stored(identifier, "memory/notes.md"))
+        problems, healed = heal_snapshot(place.repo, identifier, NOON, sources)
+        assert (problems, len(healed)) == ([], 1)
+    for number in range(8):
+        assert read.count(f"daily/s/other-{number}") == 1
+    assert {name.rpartition("/")[2] for name in read} == {"z", *(f"other-{n}" for n in range(8))}

@@ -63,8 +63,8 @@ class Facts:
         return datetime.fromtimestamp(at, ZoneInfo(self.zone)).strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def write(folder: Path, facts: Facts) -> Path:
-    """Write the report into `folder` and return its path."""
+def write(folder: Path, facts: Facts) -> str:
+    """Write the report into `folder`; return what a human is told of it: where it is, or why there is none."""
     host = host_facts(facts.repository)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -73,7 +73,9 @@ def write(folder: Path, facts: Facts) -> Path:
         _write(folder / "REPORT.md", report(facts, host))
     except OSError as error:
         log.error("the evidence of %s cannot be written: %s", facts.incident.id, error)
-    return folder / "REPORT.md"
+        why = (error.strerror or str(error)).lower()
+        return f"No report can be written: {why}. What was done: `backup-worker incidents {facts.incident.id}`"
+    return f"Everything that is known: {folder / 'REPORT.md'}"
 
 
 def _write(path: Path, text: str) -> None:

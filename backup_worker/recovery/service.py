@@ -206,7 +206,7 @@ class RecoveryService:
     def _escalate(self, incident: Incident, escalation: Escalation) -> Incident:
         folder = self._machine().evidence_folder(incident)
         report = evidence.write(folder, self._facts(incident, escalation))
-        body = f"{escalation.reason}. Everything that is known: {report}"
+        body = f"{escalation.reason}. {report}"
         if not escalation.final:
             title = f"{incident.agent} did not come back; its recovery goes on"
             self.runtime.alert(f"attempt/{incident.agent}", "critical", title, body, agent=incident.agent)

@@ -32,6 +32,7 @@ from tests.living_fleet import Fleet, wait_for
 EVERYTHING = os.environ.get("FAULTS") == "all"
 NEEDS: dict[str, list[str]] = {"z": [], "jay": ["z"], "rick": ["z"], "leroy": ["jay", "rick"]}
 SUBSETS = [dead for count in range(5) for dead in itertools.combinations(NEEDS, count)]
+AWAY_S = 30 if EVERYTHING else 3
 SAMPLE = [("z",), ("jay", "leroy"), ("z", "jay", "rick", "leroy")]
 
 
@@ -175,11 +176,11 @@ def test_a_server_that_is_away_in_the_middle_is_waited_out(
     wait_for(lambda: fleet.running("z") != [], "the start", within_s=40)
     if how == "killed":
         valkey.kill()
-        time.sleep(3)
+        time.sleep(AWAY_S)
         valkey.start()
     else:
         valkey.freeze()
-        time.sleep(3)
+        time.sleep(AWAY_S)
         valkey.thaw()
     store = fleet.service.store
     wait_for(lambda: not store.open_ids() and any(store.all()), "the end", within_s=60)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import itertools
 import json
+import os
+import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backup_worker import backups
+from backup_worker import alerts, backups
 from backup_worker.due import STREAM, IncidentDue
 from backup_worker.recovery.incident import (
     AGAIN_AFTER_S,
@@ -167,26 +170,45 @@ def test_an_agent_that_left_the_configuration_is_given_to_a_human(fleet: Fleet) 
     assert "no longer in agents.json" in (Path(incident.evidence[-1]) / "REPORT.md").read_text()
 
 
+@contextlib.contextmanager
+def disk(folder: Path, size: int, *, left: int) -> Iterator[None]:
+    """Put `folder` on a disk of `size` bytes, of which `left` are free."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("a small disk takes the right to mount one")
+    try:
+        (folder / "locks").mkdir()
+        with contextlib.suppress(OSError), (folder / "others").open("wb", buffering=0) as file:
+            while file.tell() < size - left:
+                file.write(bytes(4096))
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 400_000])
 def test_a_full_disk_while_evidence_is_kept_stops_the_restore_and_calls_a_human(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, left: int
 ) -> None:
     fleet.add("z")
+    (fleet.root("z") / "memory" / "long").write_bytes(os.urandom(1_000_000))
     older, newer = fleet.backup("z"), fleet.backup("z")
     assert older != newer
     fleet.wipe("z")
     before = fleet.files("z")
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("backup_worker.snapshots.evidence._copy_evidence", full)
-    incident = fleet.recover("z")
+    with disk(fleet.state, 2_000_000, left=left):
+        incident = fleet.recover("z")
+        report = Path(incident.evidence[-1]) / "REPORT.md"
+        # Where there is no room for a report either, the human is told so, and is called all the same.
+        assert report.exists() == (left > 0)
+        [told] = [one for one in alerts.open_alerts(fleet.client) if one.key == "escalation/z"]
+        assert (str(report) in told.body) == (left > 0)
     assert incident.state == ESCALATED
     assert fleet.files("z") == before
     # No other state is tried for want of space: it would only be an older one.
     assert steps(incident) == ["open", "fence", "select", "restore!"]
     assert incident.tried == ()
-    assert (Path(incident.evidence[-1]) / "REPORT.md").exists()
 
 
 def test_who_finds_another_worker_at_work_has_it_looked_at_again_soon(fleet: Fleet) -> None:

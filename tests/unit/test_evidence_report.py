@@ -34,7 +34,8 @@ def facts(**options: object) -> Facts:
 
 
 def written(folder: Path, known: Facts) -> str:
-    return evidence.write(folder / "z-1", known).read_text()
+    assert str(folder / "z-1" / "REPORT.md") in evidence.write(folder / "z-1", known)
+    return (folder / "z-1" / "REPORT.md").read_text()
 
 
 def test_times_are_those_of_the_schedules_zone(tmp_path: Path) -> None:
@@ -93,7 +94,8 @@ def test_nothing_known_is_said_as_such(tmp_path: Path) -> None:
 
 
 def test_a_machine_gets_the_same_facts_and_only_the_owner_reads_them(tmp_path: Path) -> None:
-    path = evidence.write(tmp_path / "z-1", facts(snapshots=[head("a")], beats=[("1000-0", "abc")]))
+    evidence.write(tmp_path / "z-1", facts(snapshots=[head("a")], beats=[("1000-0", "abc")]))
+    path = tmp_path / "z-1" / "REPORT.md"
     known = json.loads((path.parent / "incident.json").read_text())
     assert known["incident"]["state"] == "escalated"
     assert known["snapshots"][0]["why_not"] == "it was restored, and the agent did not live on it"

@@ -7,6 +7,7 @@ test walks this table, and fails for a kind that nothing raises or ends, and for
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -46,7 +47,9 @@ class Kind:
         """Return the command to look at the alert `key` with."""
         _, _, rest = key.partition("/")
         tier, _, last = rest.partition("/")
-        return self.look.format(rest=rest, tier=tier, agent=agent or last or tier)
+        found = {"rest": rest, "tier": tier, "agent": agent or last or tier}
+        # Somebody will copy it into a shell.
+        return self.look.format(**{name: shlex.quote(value) for name, value in found.items()})
 
     def link(self, runbook: str = RUNBOOK) -> str:
         """Return the place in the runbook (a path or URL) where this kind is explained."""

@@ -108,6 +108,7 @@ def _add_words(app: Flask) -> None:
         value=words.value,
         signed=words.signed,
         printable=printable,
+        word=words.word,
         shown=traffic.shown,
     )
     app.context_processor(lambda: {"view": view(), "live": live(), "badges": _badges})

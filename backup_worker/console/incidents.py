@@ -102,8 +102,10 @@ def _open_alerts(here: View, agent: str) -> list[alerts.OpenAlert]:
 
 
 def _evidence_folder(here: View, incident: Incident) -> Path | None:
-    folder = here.config.schedule.state / "evidence" / incident.id
-    return folder if folder.is_dir() else None
+    kept = here.config.schedule.state / "evidence"
+    folder = kept / incident.id
+    # The id comes out of Redis, and names a folder there: it must not lead anywhere else.
+    return folder if folder.parent == kept and folder.name not in ("", "..") and folder.is_dir() else None
 
 
 @blueprint.get("/incidents/<identifier>/evidence")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from datetime import UTC, datetime
 from typing import Any
 from zoneinfo import ZoneInfo
+
+from backup_worker.snapshots.errors import printable
 
 NOTHING = "—"
 MINUS = "\N{MINUS SIGN}"
@@ -78,6 +81,11 @@ def signed(number: float | None) -> str:
     if number is None:
         return ""
     return f"{'+' if number > 0 else MINUS}{abs(number):g}"
+
+
+def word(found: object) -> str:
+    """Return `found` as one word of a command: whoever copies it must not run what somebody else wrote."""
+    return shlex.quote(printable(str(found)))
 
 
 def _local(at: float, zone: str) -> datetime:

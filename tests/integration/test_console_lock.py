@@ -166,10 +166,10 @@ def test_metrics_may_be_read_with_a_name_and_password(world: World, app: Flask) 
 # The whole of what each role may do beyond looking, written down a second time: a change of the table must be meant.
 ACTS = frozenset({
     "actions.acknowledge", "actions.pause", "actions.pin", "actions.recover", "actions.resume", "actions.silence",
-    "actions.unpin", "actions.unsilence",
-    "actions.verify", "files.archive", "files.file", "incidents.acknowledge", "incidents.evidence", "restores.look",
-    "restores.start", "restores.wizard", "rq_dashboard.compact_queue", "rq_dashboard.delete_job_view", "rq_dashboard.empty_queue",
-    "rq_dashboard.requeue_all", "rq_dashboard.requeue_job_view", "traffic.drop", "traffic.replay", "traffic.retry",
+    "actions.unpin", "actions.unsilence", "actions.verify", "files.archive", "files.file", "incidents.acknowledge",
+    "incidents.evidence", "restores.look", "restores.start", "restores.wizard", "rq_dashboard.compact_queue",
+    "rq_dashboard.delete_job_view", "rq_dashboard.empty_queue", "rq_dashboard.requeue_all",
+    "rq_dashboard.requeue_job_view", "traffic.drop", "traffic.replay", "traffic.retry",
 })  # fmt: skip
 DECIDES = frozenset({"actions.approve", "actions.reject", "actions.statement"})
 
@@ -187,8 +187,7 @@ def test_every_address_is_open_to_the_roles_of_the_table_and_to_no_other(
     for rule in app.url_map.iter_rules():
         if rule.endpoint in ("logout", "live.events"):
             continue
-        path = re.sub(r"<int:[^>]+>", "1", rule.rule)
-        path = re.sub(r"<[^>]+>", "x", path)
+        path = filled(rule.rule)
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
             answer = visitor.client.open(
                 path, method=method, data={"csrf_token": token} if method == "POST" else None,
@@ -237,6 +236,31 @@ def test_nothing_is_changed_without_the_sessions_token(app: Flask) -> None:
     assert "Traceback" not in answer.text
 
 
+def filled(rule: str) -> str:
+    return re.sub(r"<[^>]+>", "x", re.sub(r"<int:[^>]+>", "1", rule))
+
+
+def test_no_address_takes_a_post_without_the_sessions_token_or_from_another_site(
+    world: World, app: Flask
+) -> None:
+    world.users.add("kari", PASSWORD, role=APPROVER)
+    visitor = Visitor(app)
+    visitor.log_in("kari")
+    token = visitor.token()
+    posts = [rule for rule in app.url_map.iter_rules() if "POST" in (rule.methods or ())]
+    assert len(posts) >= 24
+    for rule in posts:
+        path = filled(rule.rule)
+        for headers, form in (
+            ({}, {}), ({}, {"csrf_token": "wrong"}), ({"X-CSRFToken": Visitor(app).token("/login")}, {}),
+            ({"Origin": "https://evil.example"}, {"csrf_token": token}),
+        ):  # fmt: skip
+            answer = visitor.client.post(path, data=form, headers={**visitor.headers, **headers})
+            assert answer.status_code == 403, (path, headers, form)
+            assert "This needs the role" not in answer.text, path
+    assert visitor.get("/").status_code == 200, "not even logged out"
+
+
 def test_no_address_that_changes_something_answers_to_get(app: Flask) -> None:
     visitor = Visitor(app)
     changing = [
@@ -247,7 +271,7 @@ def test_no_address_that_changes_something_answers_to_get(app: Flask) -> None:
     assert len(changing) >= 20
     readable = {"/snapshots/x/x/x/restore"}
     for rule in changing:
-        path = re.sub(r"<[^>]+>", "x", rule.rule)
+        path = filled(rule.rule)
         assert visitor.get(path).status_code == (404 if path in readable else 405), path
 
 
@@ -371,6 +395,6 @@ def test_the_command_serves_and_ends_cleanly_when_told_to(world: World, number: 
 def answers(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2) as answer:
-            return answer.status == 200
+            return bool(answer.status == 200)
     except OSError:
         return False

@@ -21,6 +21,8 @@ from backup_worker.snapshots import (
     Repository,
     SnapshotError,
     capture,
+    capture_file,
+    disk,
     take_snapshot,
     verify_snapshot,
 )
@@ -165,6 +167,28 @@ def test_same_size_and_times_do_not_hide_a_change(place: Place) -> None:
     second = place.take(slot="2", now=NOON + 1, unchanged="link")
     assert place.stored(second.id, "SOUL.md").read_bytes() == file.read_bytes()
     assert place.stored(first.id, "SOUL.md").read_bytes() != file.read_bytes()
+
+
+def test_a_file_of_the_same_size_and_all_the_same_times_that_took_anothers_place_is_not_taken_for_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Folders change places without their files noticing: then only the inode tells which is which.
+    monkeypatch.setattr(capture_file, "TRUST_S", -1.0)
+    for _ in range(200):
+        files = [place.write(f"memory/{name}/state.md", f"I am {name}\n") for name in ("one", "two")]
+        for file in files:
+            os.utime(file, ns=(1, 1_234_567_890_123_456_789))
+        if files[0].stat().st_ctime_ns == files[1].stat().st_ctime_ns:
+            break
+        for file in files:
+            file.unlink()
+    else:
+        pytest.skip("the clock of this file system tells any two changes apart")
+    place.take(slot="1", unchanged="link")
+    disk.exchange(*(file.parent for file in files))
+    second = place.take(slot="2", now=NOON + 1, unchanged="link")
+    assert place.stored(second.id, "memory/one/state.md").read_text() == "I am two\n"
+    assert content_of(place.repo.path(second.id) / "files") == content_of(place.root)
 
 
 def test_a_damaged_shared_file_is_healed_from_the_source_and_told(place: Place) -> None:

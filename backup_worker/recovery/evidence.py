@@ -74,7 +74,9 @@ def write(folder: Path, facts: Facts) -> str:
     except OSError as error:
         log.error("the evidence of %s cannot be written: %s", facts.incident.id, error)
         why = (error.strerror or str(error)).lower()
-        return f"No report can be written: {why}. What was done: `backup-worker incidents {facts.incident.id}`"
+        return (
+            f"No report can be written: {why}. What was done: `backup-worker incidents {facts.incident.id}`"
+        )
     return f"Everything that is known: {folder / 'REPORT.md'}"
 
 

@@ -17,6 +17,7 @@ import redis
 
 from em_bridge import clock, streams
 from em_bridge.connection import as_client, patiently, translate_errors
+from em_bridge.errors import InvalidEvent
 from em_bridge.events import AgentState, ConfigApplied, ConfigApproved, ConfigProposed, ConfigRejected, Event
 
 BATCH: Final = 1000
@@ -61,7 +62,7 @@ class Publisher:
         proposed: Mapping[str, bytes] | None = None,
     ) -> str:
         """Ask for a change of `agent`'s files; `proposed` maps a path to its new content."""
-        return self.publish(ConfigProposed(change, agent, tuple(paths), by, reason, _or_now(at), proposed))
+        return self.publish(ConfigProposed(change, agent, _listed(paths), by, reason, _or_now(at), proposed))
 
     def config_approved(
         self,
@@ -99,7 +100,9 @@ class Publisher:
         at: float | None = None,
     ) -> str:
         """Say that `change` now stands in `agent`'s files."""
-        return self.publish(ConfigApplied(change, agent, tuple(paths), by, approved_by, reason, _or_now(at)))
+        return self.publish(
+            ConfigApplied(change, agent, _listed(paths), by, approved_by, reason, _or_now(at))
+        )
 
     def publish(self, event: Event) -> str:
         """Append `event` to its stream, once; return the entry id."""
@@ -143,6 +146,15 @@ class Publisher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _listed(paths: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(paths, str):
+        # Text is a sequence too, of its letters.
+        raise InvalidEvent(
+            f"“paths” is the text “{paths}”, not a list of paths", hint="write it as a list: [path]"
+        )
+    return tuple(paths)
 
 
 def _or_now(at: float | None) -> float:

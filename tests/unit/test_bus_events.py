@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from em_bridge import events
+from em_bridge import Publisher, events
 from em_bridge.errors import InvalidEvent
 from em_bridge.events import (
     AgentState,
@@ -186,3 +186,10 @@ def test_random_maps_end_as_an_event_or_as_invalid_event(kind: bytes, body: dict
         assert "\n" not in error.message
     else:
         assert decode(encode(event)) == event
+
+
+def test_one_path_is_not_taken_for_a_list_of_its_letters() -> None:
+    with Publisher("redis://127.0.0.1:1/0", patience_s=0.0) as em:
+        for publish in (em.config_proposed, em.config_applied):
+            with pytest.raises(InvalidEvent, match="“notes”, not a list of paths"):
+                publish(change="c1", agent="z", paths="notes", by="em")

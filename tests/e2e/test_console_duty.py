@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from backup_worker import alerts
 from backup_worker.approval import changes
@@ -151,6 +151,77 @@ def test_an_escalation_reaches_the_person_who_takes_it(fleet: Fleet, page: Page)
     assert found["escalation/rick"] == "kari"
     done = [line["action"] for line in fleet.runtime.history.read("action")]
     assert {"download", "acknowledge"} <= set(done)
+
+
+class Keyboard:
+    """A person without a mouse: gets to things by Tab alone, and reads which one has the focus."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+
+    def to(self, target: Locator) -> None:
+        """Press Tab until `target` has the focus, which has to be seen."""
+        for _ in range(150):
+            self.page.keyboard.press("Tab")
+            if target.count() == 1 and target.evaluate("found => found === document.activeElement"):
+                outline = target.evaluate("found => getComputedStyle(found).outlineStyle")
+                assert outline != "none", "the focus is not to be seen"
+                return
+        raise AssertionError(f"no Tab leads to {target}")
+
+    def press(self, target: Locator) -> None:
+        """Get to `target`, and press Enter."""
+        self.to(target)
+        self.page.keyboard.press("Enter")
+
+    def write(self, target: Locator, text: str) -> None:
+        """Get to `target`, and write into it."""
+        self.to(target)
+        self.page.keyboard.type(text)
+
+
+def test_a_shift_is_done_with_the_keyboard_alone(fleet: Fleet, browser: Browser, address: str) -> None:
+    context = browser.new_context(base_url=address)
+    context.set_default_timeout(10_000)
+    page = context.new_page()
+    keys = Keyboard(page)
+    page.goto("/")
+    expect(page.get_by_label("Name")).to_be_focused()
+    page.keyboard.type("kari")
+    keys.write(page.get_by_label("Password"), PASSWORD)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Fleet")).to_be_visible()
+    pages = page.get_by_role("navigation", name="pages")
+
+    # Approve a change.
+    proposed = {"priority_weights.json": json.dumps({"urgency": 0.9, "impact": 0.1}).encode()}
+    Publisher(fleet.client).config_proposed("c-keys", "leroy", list(proposed), "em", proposed=proposed)
+    keys.press(pages.get_by_role("link", name="Changes"))
+    card = page.locator("section", has=page.get_by_role("heading", name="c-keys"))
+    keys.press(card.locator("summary", has_text="Approve"))
+    keys.write(card.get_by_label("reason for approving c-keys"), "without a mouse")
+    keys.press(card.get_by_role("button", name="Approve as kari"))
+    expect(page.get_by_role("status")).to_contain_text("Change c-keys is approved")
+    assert changes.get(fleet.client, "c-keys").decided_by == "kari"
+
+    # Restore one file.
+    (fleet.root("leroy") / "SOUL.md").write_text("poisoned again")
+    page.goto(f"/snapshots/{fleet.runtime.repository.snapshots('leroy')[-1].id}")
+    keys.press(page.get_by_role("link", name="restore SOUL.md"))
+    keys.write(page.get_by_label("Why", exact=True), "poisoned")
+    keys.write(page.get_by_label("Type the agent's name"), "leroy")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status")).to_contain_text("leroy is restored")
+    assert (fleet.root("leroy") / "SOUL.md").read_text() == "I am leroy.\n"
+
+    # Take an escalation.
+    fleet.runtime.alert("escalation/leroy", "critical", "leroy could not be recovered", "x", agent="leroy")
+    keys.press(pages.get_by_role("link", name="Alerts"))
+    keys.press(page.get_by_role("button", name="acknowledge: leroy could not be recovered"))
+    expect(page.get_by_role("status")).to_contain_text("Acknowledged")
+    seen = {one.key: one.acknowledged_by for one in alerts.open_alerts(fleet.client)}
+    assert seen["escalation/leroy"] == "kari"
+    context.close()
 
 
 def test_recovery_is_paused_and_resumed_with_the_keyboard_alone(fleet: Fleet, page: Page) -> None:

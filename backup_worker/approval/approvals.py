@@ -55,7 +55,7 @@ def check_decision(known: Change, who: str, *, yes: bool, rules: Rules) -> None:
         raise UsageError(
             f"change “{known.change}” is already {done}", hint="a new change needs a new proposal"
         )
-    if same_person(known.by, who):
+    if yes and same_person(known.by, who):
         raise UsageError(f"“{who}” proposed change “{known.change}”", hint="somebody else has to decide it")
     expires_at = rules.expires_at(known)
     if yes and expires_at is not None and rules.now is not None and rules.now > expires_at:

@@ -4,10 +4,10 @@ The stream is the truth. `fold` reads on from where the last reader stopped and 
 transaction, so any number of processes may fold at once, and an entry is taken in once. A record keeps every decision
 that somebody has sent; which of them counts is asked when the record is read (`settle`), by the rules of that moment.
 
-A decision counts if it stands on the stream behind the proposal, is not the proposer's, and an approval came before
-the proposal expired. Where a file `allowed_signers` exists, an approval counts only with the signature of somebody in
-it over the statement of exactly this change: its proposal, agent, paths and the SHA-256 of what they shall hold. The
-first decision that counts stands.
+A decision counts if it stands on the stream behind the proposal; an approval, if it is not the proposer's and came
+before the proposal expired. (Who proposed a change may reject it: that takes it back.) Where a file `allowed_signers`
+exists, an approval counts only with the signature of somebody in it over the statement of exactly this change: its
+proposal, agent, paths and the SHA-256 of what they shall hold. The first decision that counts stands.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ STATEMENT = "agent-backup approval 1"
 MOST_DECISIONS = 50
 """How many decisions on one change are kept: somebody who may write to the stream must not fill the server."""
 
-_RECORDS = "backup:changes"
+RECORDS = "backup:changes"
+"""Hash: change -> msgpack map, see `Change`."""
+
 CURSOR = "backup:changes:cursor"
 _BATCH = 500
 
@@ -75,10 +77,10 @@ class Rules:
 
     def fault(self, change: Change, decision: Decision) -> str | None:
         """Return why `decision` on `change` does not count, or None if it does."""
-        if same_person(decision.by, change.by):
-            return f"“{decision.by}” proposed it"
         if not decision.approved:
             return None
+        if same_person(decision.by, change.by):
+            return f"“{decision.by}” proposed it"
         expires_at = self.expires_at(change)
         if expires_at is not None and decision.at > expires_at:
             return "it came after the proposal had expired"
@@ -229,7 +231,7 @@ def advance(change: Change | None, event: ConfigChange, entry_id: str) -> Change
             return _proposed(event, entry_id, at)
         case events.ConfigApproved() | events.ConfigRejected():
             known = change or Change(event.change, PROPOSED)
-            if len(known.decisions) >= MOST_DECISIONS or same_person(event.by, known.by):
+            if len(known.decisions) >= MOST_DECISIONS:
                 return known
             yes = isinstance(event, events.ConfigApproved)
             decision = Decision(event.by, yes, at, entry_id, event.reason, event.signature)
@@ -270,14 +272,14 @@ def fold(client: Redis, upto: str = "+") -> None:
                 continue
             parsed = [(entry_id.decode(), _event(fields)) for entry_id, fields in rows]
             names = {event.change for _, event in parsed if event is not None}
-            records = {name: _record(pipeline.hget(_RECORDS, name)) for name in names}
+            records = {name: record_of(pipeline.hget(RECORDS, name)) for name in names}
             for entry_id, event in parsed:
                 if event is not None:
                     records[event.change] = advance(records[event.change], event, entry_id)
             pipeline.multi()
             for name, record in records.items():
                 if record is not None:
-                    pipeline.hset(_RECORDS, name, msgpack.packb(asdict(record)))
+                    pipeline.hset(RECORDS, name, msgpack.packb(asdict(record)))
             pipeline.set(CURSOR, parsed[-1][0])
             with contextlib.suppress(redis.exceptions.WatchError):
                 pipeline.execute()
@@ -302,7 +304,8 @@ def _event(fields: Any) -> ConfigChange | None:
     return event if isinstance(event, ConfigChange) else None
 
 
-def _record(data: Any) -> Change | None:
+def record_of(data: Any) -> Change | None:
+    """Return the change that a value of `RECORDS` holds, None for none; nothing in it is settled."""
     if data is None:
         return None
     raw = {key: value for key, value in msgpack.unpackb(data).items() if key in _FIELDS}
@@ -318,7 +321,7 @@ _FIELDS = frozenset(field.name for field in fields(Change))
 def get(client: Redis, change: str, rules: Rules = BY_NAME) -> Change:
     """Return the record of `change` as of now; raises NotFound."""
     fold(client)
-    record = _record(client.hget(_RECORDS, change))
+    record = record_of(client.hget(RECORDS, change))
     if record is None:
         raise NotFound(f"there is no change “{change}”", hint="see `backup-worker changes --all`")
     return settle(record, rules)
@@ -330,7 +333,7 @@ def as_of(client: Redis, change: str, entry_id: str, rules: Rules) -> Change | N
     So the answer is the same whenever it is asked, also after somebody has folded further.
     """
     fold(client, upto=entry_id)
-    record = _record(client.hget(_RECORDS, change))
+    record = record_of(client.hget(RECORDS, change))
     if record is None:
         return None
     limit = streams.id_order(entry_id)
@@ -347,16 +350,22 @@ def all_changes(
     process that asks for the first time has to prove each signature among what it asks for.
     """
     fold(client)
-    stored: Any = client.hvals(_RECORDS)
+    stored: Any = client.hvals(RECORDS)
     limit = streams.id_order(decided_after) if decided_after else (-1, 0)
     found = [
         settle(record, rules)
-        for record in map(_record, stored)
+        for record in map(record_of, stored)
         if record is not None
         and (agent is None or record.agent.lower() == agent.lower())
         and (not decided_after or any(streams.id_order(one.entry) > limit for one in record.decisions))
     ]
     return sorted(found, key=lambda one: (_first_at(one), one.change))
+
+
+def last_at(change: Change) -> float:
+    """Return when something was heard of the change last, Unix seconds."""
+    decided_at = change.decisions[-1].at if change.decisions else 0.0
+    return max(change.proposed_at or 0.0, decided_at, change.applied_at or 0.0)
 
 
 def _first_at(change: Change) -> float:

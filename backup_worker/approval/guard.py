@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import msgpack
 
 from backup_worker import alerts as alerting
 from backup_worker import backups
-from backup_worker.approval import approvals, guarded
+from backup_worker.approval import approvals, changes, guarded
 from backup_worker.approval.approved import ApprovedState, ApprovedStates, Differences, Held, How
 from backup_worker.runtime import Runtime
 from backup_worker.schedule import slot_name
@@ -43,6 +43,7 @@ FINDER = "backup-worker"
 
 UNKNOWN = "found: changed without an approval"
 OLDER = "found: an older state than the approved one"
+GONE = "this does not stand in the agent's files any more"
 
 _MOST_PROPOSED = 900 * 1024
 _LOOKED_AT = 100
@@ -216,7 +217,7 @@ def _deviation(
 def _tell(runtime: Runtime, agent: str, fresh: Mapping[str, Deviation], now: float) -> dict[str, Deviation]:
     """Back up, record, alert and propose what deviates; return it with the alert's key. Killed, it is done again."""
     digest = _digest(agent, fresh)
-    key, change = f"unapproved/{agent}/{digest}", f"found-{agent}-{digest}"
+    key, change = f"unapproved/{agent}/{digest}", _found(agent, digest)
     snapshot = _back_up(runtime, agent, fresh, digest, now)
     runtime.record(
         "unapproved", agent=agent, paths=sorted(fresh), snapshot=snapshot, change=change,
@@ -323,11 +324,30 @@ def _remember(runtime: Runtime, agent: str, current: Mapping[str, Deviation]) ->
 def _resolve(
     runtime: Runtime, agent: str, known: Mapping[str, Deviation], current: Mapping[str, Deviation]
 ) -> None:
-    """Close the alerts of which nothing is left."""
+    """Close the alerts of which nothing is left, and take back what was proposed of it."""
     left = {one.key for one in current.values()}
-    for key in sorted({one.key for one in known.values() if one.key} - left):
+    over = sorted({one.key for one in known.values() if one.key} - left)
+    for key in over:
         runtime.resolve(key)
+    if over:
+        _take_back(runtime, agent, left)
     if runtime.client is not None:
         for alert in alerting.open_alerts(runtime.client):
             if alert.key.startswith(f"unapproved/{agent}/") and alert.key not in left:
                 runtime.resolve(alert.key)
+
+
+def _take_back(runtime: Runtime, agent: str, left: Collection[str]) -> None:
+    """Reject what the watch has proposed of something that does not stand there any more."""
+    if runtime.client is None:
+        return
+    names = {_found(agent, key.rpartition("/")[2]) for key in left}
+    for one in changes.all_changes(runtime.client, approvals.rules(runtime.config), agent):
+        if one.by == FINDER and one.state == changes.PROPOSED and one.change not in names:
+            event = events.ConfigRejected(one.change, FINDER, GONE)
+            streams.append_once(runtime.client, event, once=f"guard/{one.change}/back", ttl_s=_PROPOSAL_TTL_S)
+
+
+def _found(agent: str, digest: str) -> str:
+    """Return the name of the change that is proposed of a deviation."""
+    return f"found-{agent}-{digest}"

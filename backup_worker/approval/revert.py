@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from backup_worker import restores
-from backup_worker.approval import approvals, changes, guard, guarded
+from backup_worker.approval import guard, guarded
 from backup_worker.approval.approved import ApprovedState, ApprovedStates, Held
 from backup_worker.recovery.locks import acting_on
 from backup_worker.runtime import Runtime
@@ -26,7 +26,6 @@ from backup_worker.snapshots import Repository, disk
 from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import from_os_error
 from backup_worker.snapshots.exact_copy import copy_any
-from em_bridge import events, streams
 from em_bridge.errors import AgentBackupError, NotFound
 
 
@@ -141,7 +140,8 @@ def execute(
         "revert", agent=agent, by=by, reason=reason, evidence=evidence, while_running=bool(found), files=steps
     )
     if runtime.client is not None and wanted.steps:
-        _close(runtime, agent, wanted, by, now)
+        # All is as approved: the watch closes its alerts, and takes back what it has proposed.
+        guard.scan(runtime, agent, now)
     kept = str(evidence) if evidence else None
     return {"agent": agent, "files": steps, "evidence": kept, "running": bool(found)}
 
@@ -183,17 +183,6 @@ def _replace(wanted: RevertPlan) -> None:
             disk.replace_file(
                 tree, step.path, step.content, mode=step.held.mode, owner=(owner.st_uid, owner.st_gid)
             )
-
-
-def _close(runtime: Runtime, agent: str, wanted: RevertPlan, by: str, now: float) -> None:
-    """Reject what the watch has proposed of this, and have the alerts closed."""
-    paths = {step.path for step in wanted.steps}
-    for one in changes.all_changes(runtime.redis, approvals.rules(runtime.config, now), agent):
-        mine = one.by == guard.FINDER and one.state == changes.PROPOSED
-        if mine and paths & set(one.paths):
-            event = events.ConfigRejected(one.change, by, "reverted")
-            streams.append_once(runtime.redis, event, once=f"revert/{one.change}")
-    guard.scan(runtime, agent, now)
 
 
 def describe(found: Mapping[str, Any]) -> list[str]:

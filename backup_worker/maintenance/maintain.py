@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from backup_worker import alerts, backups, due, schedule
-from backup_worker.approval import changes, guard_rounds
+from backup_worker.approval import approvals, changes, forgetting, guard_rounds
 from backup_worker.config import Config
 from backup_worker.maintenance import drill as drills
 from backup_worker.maintenance import lookout, notices, pings, record_watch, space
@@ -167,10 +167,11 @@ def drill(runtime: Runtime, now: float) -> dict[str, Any]:
 
 
 def trim(runtime: Runtime, now: float) -> dict[str, Any]:
-    """Shorten the streams that the dispatcher reads; the message log is the EM's own."""
+    """Shorten the streams that the dispatcher reads, and the inbox; the message log is the EM's own."""
     older_than_s = runtime.config.schedule.limits.log_days * 86400
     changes.fold(runtime.redis)
-    return {stream: streams.trim(runtime.redis, stream, older_than_s=older_than_s) for stream in STREAMS}
+    trimmed = {stream: streams.trim(runtime.redis, stream, older_than_s=older_than_s) for stream in STREAMS}
+    return trimmed | {"changes": forgetting.forget(runtime.redis, approvals.rules(runtime.config, now), now)}
 
 
 TASKS: dict[str, Callable[[Runtime, float], dict[str, Any]]] = {

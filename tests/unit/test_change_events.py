@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from backup_worker import alerts, backups
-from backup_worker.approval import approvals, change_events, changes, guard, guarded
+from backup_worker.approval import approvals, change_events, changes, guard, guarded, revert
 from backup_worker.approval.approved import ApprovedStates
 from backup_worker.snapshots import Manifest, NoSpace
 from backup_worker.snapshots.content import copy_hashed
@@ -436,3 +436,20 @@ def test_an_approval_makes_nothing_in_a_tier_that_does_not_wait_for_it(tmp_path:
     house.write(NEW)
     assert house.apply().approved is True
     assert len(house.fleet.snapshots) == 1
+
+
+@pytest.mark.parametrize("how", ["revert", "by hand", "other bytes"])
+def test_a_proposal_of_what_no_longer_stands_there_is_taken_back(how: str, house: House) -> None:
+    house.write(OTHER)
+    house.scan(after_s=120)
+    (found,) = [one for one in changes.all_changes(house.client) if one.state == changes.PROPOSED]
+    if how == "revert":
+        revert.execute(house.runtime, "z", by="ola", reason="poison", now=house.now)
+    else:
+        house.write(b'{"speed": 0.5}\n' if how == "by hand" else NEW)
+        house.scan(after_s=120)
+    after = {one.change: one for one in changes.all_changes(house.client)}
+    assert after[found.change].state == changes.REJECTED
+    assert after[found.change].decided_reason == guard.GONE
+    waiting = [one.change for one in after.values() if one.state == changes.PROPOSED]
+    assert len(waiting) == (how == "other bytes")

@@ -248,3 +248,13 @@ def test_folding_in_any_parts_comes_to_the_same_and_so_does_every_verdict(
         event = wanted[ids.index(entry)]
         assert isinstance(event, events.ConfigApplied)
         assert approvals.judge(at_once, event, entry, rules=changes.BY_NAME) == said
+
+
+def test_who_proposed_a_change_may_take_it_back_and_the_inbox_says_why_an_own_approval_does_not_count(
+    client: Any,
+) -> None:
+    publish(client, proposed(by="leroy"), approved(" Leroy "))
+    assert changes.get(client, "c1").refused == ("approval by  Leroy : “ Leroy ” proposed it",)
+    publish(client, rejected("leroy"), approved("kari"))
+    found = changes.get(client, "c1")
+    assert (found.state, found.decided_by) == (REJECTED, "leroy")

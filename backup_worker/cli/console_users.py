@@ -47,6 +47,7 @@ def add(
     replace: Annotated[
         bool, typer.Option("--replace", help="Give a known user a new password and role.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Add a user; from the first one on, the console asks everybody to log in.
 
@@ -54,7 +55,7 @@ def add(
     """
     users = _users(config)
     users.add(name, _password(from_stdin=password_stdin), role=role, replace=replace)
-    typer.echo(f"{name} may log in to the console as {role}")
+    _emit(name, role, f"{name} may log in to the console as {role}", as_json=as_json)
     if role == "viewer":
         typer.echo(
             f"a viewer only looks; for more: backup-worker user role {name} operator, or approver", err=True
@@ -65,13 +66,14 @@ def give_role(
     name: NameArgument,
     role: Annotated[str, typer.Argument(metavar="ROLE", help="viewer, operator or approver.")],
     config: ConfigOption = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
 ) -> None:
     """Give a user another role; it counts at once, also in open sessions.
 
     Example: `backup-worker user role kari approver`
     """
     _users(config).give_role(name, role)
-    typer.echo(f"{name} is {role} now")
+    _emit(name, role, f"{name} is {role} now", as_json=as_json)
 
 
 def list_users(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
@@ -88,13 +90,18 @@ def list_users(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = Fals
     )
 
 
-def remove(name: NameArgument, config: ConfigOption = DEFAULT_CONFIG) -> None:
+def remove(name: NameArgument, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
     """Take a user out; sessions of that user end at once.
 
     Example: `backup-worker user remove kari`
     """
     _users(config).remove(name)
-    typer.echo(f"{name} may no longer log in to the console")
+    _emit(name, None, f"{name} may no longer log in to the console", as_json=as_json)
+
+
+def _emit(name: str, role: str | None, text: str, *, as_json: bool) -> None:
+    """Print what a user is now; `role` None: no longer one."""
+    emit({"name": name, "role": role}, as_json=as_json, render=lambda _: typer.echo(text))
 
 
 def _users(config_dir: Path) -> Users:

@@ -51,7 +51,10 @@ def _print(rows: list[dict[str, Any]], zone: str) -> None:
 
 
 def retry(
-    entry: EntryArgument, config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption = None
+    entry: EntryArgument,
+    config: ConfigOption = DEFAULT_CONFIG,
+    redis_url: RedisUrlOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Have an event tried again: it is put back onto its stream, a message into its recipient's inbox.
 
@@ -63,11 +66,15 @@ def retry(
     runtime = open_runtime(config, redis_url)
     came_of_it = letters.retry(runtime.redis, entry)
     runtime.record("dead-letter", action="retry", entry=entry, by=getpass.getuser())
-    typer.echo(f"{entry} {came_of_it}")
+    result = {"entry": entry, "action": "retry", "came_of_it": came_of_it}
+    emit(result, as_json=as_json, render=lambda _: typer.echo(f"{entry} {came_of_it}"))
 
 
 def drop(
-    entry: EntryArgument, config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption = None
+    entry: EntryArgument,
+    config: ConfigOption = DEFAULT_CONFIG,
+    redis_url: RedisUrlOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Take a letter away for good; what it held stays in the record.
 
@@ -79,4 +86,6 @@ def drop(
     runtime = open_runtime(config, redis_url)
     letter = letters.drop(runtime.redis, entry)
     runtime.record("dead-letter", action="drop", by=getpass.getuser(), letter=letter.summary())
-    typer.echo(f"{entry} is dropped; the record holds what it was")
+    result = {"entry": entry, "action": "drop", "letter": letter.summary()}
+    said = f"{entry} is dropped; the record holds what it was"
+    emit(result, as_json=as_json, render=lambda _: typer.echo(said))

@@ -329,7 +329,8 @@ def test_users_are_added_listed_and_removed_by_command(world: World) -> None:
     assert "a viewer only looks" in added.stderr
     words = ("user", "add", "olav", "--role", "operator", "--password-stdin")
     assert command(world, *words, stdin=PASSWORD + "\n").returncode == 0
-    assert command(world, "user", "role", "kari", "approver").returncode == 0
+    given = command(world, "user", "role", "kari", "approver", "--json")
+    assert json.loads(given.stdout) == {"name": "kari", "role": "approver"}
     assert json.loads(command(world, "user", "list", "--json").stdout) == [
         {"name": "kari", "role": "approver"}, {"name": "olav", "role": "operator"},
     ]  # fmt: skip

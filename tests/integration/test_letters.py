@@ -89,8 +89,10 @@ def test_the_commands_list_retry_and_drop_and_put_it_on_the_record(
     assert [(one["entry"], one["stream"], one["reason"]) for one in found] == [
         (dropped, "em:agent-state", "nobody could handle it"), (kept, "em:agent-state", "nobody could handle it"),
     ]  # fmt: skip
-    call("retry", kept)
-    call("drop", dropped)
+    retried = json.loads(call("retry", kept, "--json"))
+    assert (retried["entry"], retried["action"]) == (kept, "retry")
+    gone = json.loads(call("drop", dropped, "--json"))
+    assert (gone["entry"], gone["letter"]["stream"]) == (dropped, "em:agent-state")
     assert "no dead letters" in call("list")
     lines = [(line["action"], line.get("entry")) for line in world.runtime.history.read("dead-letter")]
     assert lines == [("retry", kept), ("drop", None)]

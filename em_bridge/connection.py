@@ -73,7 +73,6 @@ def connect(
     url = url or os.environ.get("REDIS_URL") or DEFAULT_URL
     parts = _split(url)
     backoff = ExponentialWithJitterBackoff(base=0.05, cap=1.0) if retrying else NoBackoff()
-    # Only what a second try can mend: redis-py's default list has ConnectionError, and a wrong password is one.
     options: dict[str, Any] = {
         "socket_timeout": socket_timeout_s,
         "socket_connect_timeout": socket_timeout_s,

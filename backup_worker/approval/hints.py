@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _WAKE_MS = 5000
 _DEBOUNCE_MS = 500
+_STEP_MS = 500
+"""How often the watcher looks what has come; by itself it would twenty times a second, for ever."""
 _LOOK_AGAIN_S = 60.0
 """How often folders that have appeared since are taken in."""
 
@@ -77,8 +79,8 @@ class Hints:
     def _watch(self, watched: Mapping[Path, Scope], stop: threading.Event) -> None:
         try:
             for found in watchfiles.watch(
-                *folders(watched), watch_filter=None, debounce=_DEBOUNCE_MS, rust_timeout=_WAKE_MS, stop_event=stop,
-                recursive=False, raise_interrupt=False,
+                *folders(watched), watch_filter=None, debounce=_DEBOUNCE_MS, step=_STEP_MS, rust_timeout=_WAKE_MS,
+                stop_event=stop, recursive=False, raise_interrupt=False,
             ):  # fmt: skip
                 if any(_is_guarded(Path(path), watched) for _, path in found):
                     with self._lock:

@@ -18,39 +18,42 @@ if TYPE_CHECKING:
     from backup_worker.snapshots import RestorePlan
 
 
+AgentsArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="AGENT...", help="The agents to restore.", autocompletion=_completion.agents),
+]
+FromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="ID", help="Exactly this snapshot, even a suspect one.",
+        autocompletion=_completion.snapshots,
+    ),
+]  # fmt: skip
+AsOfOption = Annotated[
+    str | None,
+    typer.Option(
+        "--as-of", metavar="TIME",
+        help="The state of that time: 2026-11-23T07:00 (the schedule's zone), a day (its end), or Unix seconds.",
+    ),
+]  # fmt: skip
+ToOption = Annotated[
+    Path | None,
+    typer.Option("--to", metavar="DIR", help="Into this empty or new folder, not the agent's root."),
+]
+PathOption = Annotated[
+    list[str] | None,
+    typer.Option("--path", metavar="P", help="Only this path or pattern; may be repeated."),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would change, and be lost.")]
+
+
 def restore(
-    agents: Annotated[
-        list[str],
-        typer.Argument(metavar="AGENT...", help="The agents to restore.", autocompletion=_completion.agents),
-    ],
-    from_id: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="ID",
-            help="Exactly this snapshot, even a suspect one.",
-            autocompletion=_completion.snapshots,
-        ),
-    ] = None,
-    as_of: Annotated[
-        str | None,
-        typer.Option(
-            "--as-of",
-            metavar="TIME",
-            help="The state of that time: 2026-11-23T07:00 (the schedule's zone), a day (its end), or Unix seconds.",
-        ),
-    ] = None,
-    to: Annotated[
-        Path | None,
-        typer.Option("--to", metavar="DIR", help="Into this empty or new folder, not the agent's root."),
-    ] = None,
-    paths: Annotated[
-        list[str] | None,
-        typer.Option("--path", metavar="P", help="Only this path or pattern; may be repeated."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would change, and be lost.")
-    ] = False,
+    agents: AgentsArgument,
+    from_id: FromOption = None,
+    as_of: AsOfOption = None,
+    to: ToOption = None,
+    paths: PathOption = None,
+    dry_run: DryRunOption = False,
     config: ConfigOption = DEFAULT_CONFIG,
     as_json: JsonOption = False,
 ) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
+from backup_worker.alerts import receivers, refused_urls
 from backup_worker.config import SEVERITIES, AgentConfig, Config, InvalidConfig, load
 from backup_worker.recovery.adapters import adapter_for
 from em_bridge import connection
@@ -44,7 +45,7 @@ def examine(config_dir: Path, redis_url: str | None, *, now: float, test_alert: 
     `redis_url` is what the user gave, None for the embedded server. `test_alert` sends a real message.
     """
     try:
-        config = load(config_dir, check_alerts=True)
+        config = load(config_dir, check_alerts=refused_urls)
     except InvalidConfig as error:
         return [Check("configuration", "fail", str(problem), problem.hint) for problem in error.problems]
     except ConfigError as error:
@@ -272,8 +273,6 @@ def _server(facts: dict[str, Any], url: str) -> Iterator[Check]:
 
 
 def _alerts(config: Config, *, test_alert: bool) -> Iterator[Check]:
-    from backup_worker.alerts import receivers
-
     urls = [receiver.url for receiver in config.schedule.alerts]
     if not urls:
         mend = (

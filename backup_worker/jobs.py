@@ -15,6 +15,7 @@ from rq import get_current_job
 from rq.job import Job
 
 from backup_worker import backups, hosts, slots
+from backup_worker.alerts import refused_urls
 from backup_worker.approval import change_events, changes
 from backup_worker.config import ConfigWatch
 from backup_worker.maintenance import maintain
@@ -39,7 +40,7 @@ _watch: ConfigWatch | None = None
 def prepare(config_dir: Path) -> ConfigWatch:
     """Read the configuration for the jobs of this process and its children; raises ConfigError."""
     global _watch
-    _watch = ConfigWatch(config_dir)
+    _watch = ConfigWatch(config_dir, check_alerts=refused_urls)
     return _watch
 
 

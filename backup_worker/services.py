@@ -146,7 +146,7 @@ def publish_fleet(client: Any, config: Config) -> None:
 
 def dispatcher(config_dir: Path, url: str | None) -> None:
     """Hand events to the workers, and wake what waits: incidents, and jobs that are tried again."""
-    watch = ConfigWatch(config_dir)
+    watch = ConfigWatch(config_dir, check_alerts=alerts.refused_urls)
     # Never retried by the client: a transaction whose reply was lost is found again through its marks.
     handing_off = Dispatcher(
         connection.connect(url, retrying=False),
@@ -295,7 +295,7 @@ class Scheduler:
 
 def scheduler(config_dir: Path, url: str | None) -> None:
     """Announce scheduled backups and maintenance."""
-    announcing = Scheduler(connection.connect(url), ConfigWatch(config_dir))
+    announcing = Scheduler(connection.connect(url), ConfigWatch(config_dir, check_alerts=alerts.refused_urls))
     with stopped_by_signals() as stop:
         log.info("scheduling from %s", config_dir)
         every(stop, "scheduler", announcing.client, announcing.step, absence=Absence(announcing.watch))

@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from backup_worker.alerts import refused_urls
 from backup_worker.config import ConfigWatch
 from backup_worker.services import every, stopped_by_signals
 from em_bridge import connection, streams
@@ -99,7 +100,7 @@ class Watchdog:
 
 def run(config_dir: Path, url: str | None) -> None:
     """Watch until SIGTERM."""
-    watchdog = Watchdog(connection.connect(url), ConfigWatch(config_dir))
+    watchdog = Watchdog(connection.connect(url), ConfigWatch(config_dir, check_alerts=refused_urls))
     with stopped_by_signals() as stop:
         every(stop, "watchdog", watchdog.client, watchdog.step)
         watchdog.lease.release()

@@ -55,13 +55,14 @@ def up(
 
     Example: `backup-worker up --config ./config`
     """
+    from backup_worker.alerts import refused_urls
     from backup_worker.config import load
     from backup_worker.embedded import EmbeddedValkey, url_file
     from backup_worker.services import default_processes, enter
     from backup_worker.supervisor import Child, Supervisor
 
     log_to_stderr()
-    loaded = load(config, check_alerts=True)
+    loaded = load(config, check_alerts=refused_urls)
     if not no_console:
         _check_console(listen, loaded.schedule.state)
     with contextlib.ExitStack() as stack:
@@ -180,7 +181,7 @@ def _growing(
     from backup_worker.config import ConfigWatch
     from backup_worker.services import default_processes
 
-    watch = ConfigWatch(config, check_alerts=False)
+    watch = ConfigWatch(config)
 
     def grow() -> None:
         if watch.refresh():

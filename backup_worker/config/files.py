@@ -7,7 +7,7 @@ refuses, it refuses with `ConfigError`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +34,9 @@ DAYS_OF_EVENT_TIERS = 7
 """A burst of changes must not push out the last snapshot of each of so many earlier days."""
 
 AnyModel = TypeVar("AnyModel", bound=Model)
+
+AlertCheck = Callable[[Sequence[str]], Sequence[tuple[int, str]]]
+"""Says of alert URLs the place of each that is refused, and why; see `backup_worker.alerts.refused_urls`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +102,13 @@ class Config:
         return Limits(shrink=None if allow_shrink else limits.shrink, reserve_bytes=limits.reserve_bytes)
 
 
-def load(config_dir: Path, *, environ: Mapping[str, str] | None = None, check_alerts: bool = False) -> Config:
+def load(
+    config_dir: Path, *, environ: Mapping[str, str] | None = None, check_alerts: AlertCheck | None = None
+) -> Config:
     """Read and check both files in `config_dir`.
 
-    `check_alerts` also has apprise judge the alert URLs, which takes a third of a second: services, `init` and
-    `doctor` ask for it; a command that only lists snapshots does not.
+    `check_alerts` judges the alert URLs. Apprise takes a third of a second for it: services and `doctor` hand it
+    in; a command that only lists snapshots does not.
 
     Raises `ConfigError` that names the file, the place and what would be right.
     """
@@ -116,7 +121,7 @@ def from_contents(
     contents: Mapping[str, bytes],
     *,
     environ: Mapping[str, str] | None = None,
-    check_alerts: bool = False,
+    check_alerts: AlertCheck | None = None,
 ) -> Config:
     """As `load`, from what stands (or would stand) in the two files."""
     environ = os.environ if environ is None else environ
@@ -127,8 +132,8 @@ def from_contents(
     problems += more
     if schedule is not None:
         problems += checks.check_schedule(schedule, schedule_file)
-        if check_alerts and not problems:
-            problems += _refused_alerts(schedule, schedule_file)
+        if check_alerts is not None and not problems:
+            problems += _refused_alerts(schedule, schedule_file, check_alerts)
     if agents is not None:
         problems += checks.check_agents(agents, agents_file)
     if schedule is not None and agents is not None and not problems:
@@ -149,16 +154,14 @@ def _model(
         return None, explain(error, model.model_json_schema(), written, file)
 
 
-def _refused_alerts(schedule: Schedule, file: str) -> list[Problem]:
+def _refused_alerts(schedule: Schedule, file: str, check: AlertCheck) -> list[Problem]:
     if not schedule.alerts:
         return []
-    from backup_worker.alerts.receivers import refused_urls
-
     return [
         Problem(
             file, ("alerts", index), text, "every service and its URL: https://github.com/caronc/apprise/wiki"
         )
-        for index, text in refused_urls([receiver.url for receiver in schedule.alerts])
+        for index, text in check([receiver.url for receiver in schedule.alerts])
     ]
 
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from backup_worker.config import document
-from backup_worker.config.files import AGENTS_FILE, SCHEDULE_FILE, Config, from_contents
+from backup_worker.config.files import AGENTS_FILE, SCHEDULE_FILE, AlertCheck, Config, from_contents
 from em_bridge import clock
 from em_bridge.errors import ConfigError
 
@@ -25,7 +25,7 @@ Stamp = tuple[tuple[int, int, int, int] | None, ...]
 class ConfigWatch:
     """Holds the newest good configuration of one folder. Raises `ConfigError` if there is none to begin with."""
 
-    def __init__(self, config_dir: Path, *, check_alerts: bool = True) -> None:
+    def __init__(self, config_dir: Path, *, check_alerts: AlertCheck | None = None) -> None:
         self._directory = config_dir
         self._check_alerts = check_alerts
         self._stamp = self._look()

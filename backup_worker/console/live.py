@@ -43,7 +43,7 @@ class Live:
     """Configuration, Redis and snapshots of the running console."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self._watch = ConfigWatch(runtime.config.directory, check_alerts=False)
+        self._watch = ConfigWatch(runtime.config.directory)
         self._lock = threading.Lock()
         self._url = runtime.redis_url
         # Never retried: a page that waits is worse than a page with a banner.

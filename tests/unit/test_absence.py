@@ -40,7 +40,7 @@ def fleet(tmp_path: Path) -> SmallFleet:
 
 def absence(fleet: SmallFleet, pager: Pager) -> Absence:
     fleet.edit("backup_schedule.json", lambda document: document.update(alerts=[pager.url]))
-    return Absence(ConfigWatch(fleet.config_dir, check_alerts=False))
+    return Absence(ConfigWatch(fleet.config_dir))
 
 
 def test_a_restart_of_redis_is_told_to_nobody(fleet: SmallFleet, moving: Clock) -> None:

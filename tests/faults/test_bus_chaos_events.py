@@ -1,5 +1,6 @@
 """Dispatchers, workers and Valkey are killed and frozen at random while events flow: one job an event, none lost.
 
+The parts reach the server through a wire that is paused and cut, too.
 Two flows at once. The jobs of deaths are left in their queue, so that each can be counted; those of changes are run by
 real workers, so that each must end as one snapshot, however often its worker was killed. The seed is printed;
 `CHAOS_SEED` repeats a run's choices; `FAULTS=all` makes it long.
@@ -26,6 +27,7 @@ from em_bridge import connection, events, streams
 from tests.integration.conftest import ValkeyServer
 from tests.integration.parts import Part
 from tests.integration.test_dispatcher import letters, unfinished
+from tests.integration.wire import Wire
 from tests.small_fleet import ON_CHANGE, SmallFleet, until
 
 pytestmark = pytest.mark.valkey
@@ -34,7 +36,12 @@ LONG = os.environ.get("FAULTS") == "all"
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "60" if LONG else "4.5"))
 DEATHS, CHANGES = (100_000, 500) if LONG else (8_000, 40)
 SETTLES_WITHIN_S = 120.0 if LONG else 40.0
-LONGEST_FREEZE_S = {"dispatcher": 5.5, "worker": 7.0 if LONG else 1.2, "valkey": 1.0}
+LONGEST_FREEZE_S = {
+    "dispatcher": 5.5,
+    "worker": 7.0 if LONG else 1.2,
+    "valkey": 1.0,
+    "wire": 7.0 if LONG else 1.0,
+}
 """One that is frozen for longer than the others wait finds, when it thaws, that its work was given away."""
 
 PARTS = {
@@ -50,12 +57,13 @@ class House:
 
     def __init__(self, fleet: SmallFleet, valkey: ValkeyServer) -> None:
         self.fleet, self.valkey = fleet, valkey
+        self.wire = Wire(valkey.port)
         self.parts = {name: self._start(name) for name in PARTS}
         self.ended: list[Part] = []
         self._thawing: list[threading.Timer] = []
 
     def _start(self, name: str) -> Part:
-        words = (*PARTS[name], "--config", str(self.fleet.config_dir), "--redis-url", self.valkey.url)
+        words = (*PARTS[name], "--config", str(self.fleet.config_dir), "--redis-url", self.wire.url)
         return Part(self.fleet.folder, *words)
 
     def kill(self, name: str) -> None:
@@ -83,6 +91,7 @@ class House:
         self.thaw()
         for part in (*self.parts.values(), *self.ended):
             part.close()
+        self.wire.close()
 
 
 @pytest.fixture
@@ -130,14 +139,20 @@ def make_chaos(house: House, dice: random.Random, source: Source) -> Counter[str
     done: Counter[str] = Counter()
     while source.is_alive():
         time.sleep(dice.uniform(0.05, 0.5))
-        victim = dice.choice([*PARTS, "worker a", "worker b", "valkey"])
+        victim = dice.choice([*PARTS, "worker a", "worker b", "valkey", "wire"])
         what = dice.choice(
             ["kill", "freeze", "kill child"] if victim.startswith("worker") else ["kill", "freeze"]
         )
         seconds = dice.uniform(0.1, LONGEST_FREEZE_S[victim.split()[0]])
         print(f"{what} {victim}")
         done[f"{what} {victim.split()[0]}"] += 1
-        if victim != "valkey":
+        if victim == "wire" and what == "kill":
+            house.wire.cut()
+        elif victim == "wire":
+            house.wire.pause()
+            time.sleep(seconds)
+            house.wire.go_on()
+        elif victim != "valkey":
             {"kill": house.kill, "kill child": house.kill_child}.get(
                 what, lambda name, seconds=seconds: house.freeze(name, seconds)
             )(victim)

@@ -27,7 +27,7 @@ from backup_worker.config import Config, ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.due import BackupDue, MaintenanceDue
 from backup_worker.health import Mark
-from backup_worker.maintenance import maintain, notices
+from backup_worker.maintenance import lookout, maintain, notices
 from backup_worker.recovery.pacemaker import IDLE_TICK_S, Pacemaker
 from backup_worker.runtime import Runtime
 from backup_worker.worker import make_worker, patience
@@ -215,7 +215,7 @@ class Scheduler:
             self._forget_at = clock.monotonic() + FORGET_ANNOUNCED_S
         for late in schedule.due(self.watch.current, self._announced, now):
             event = BackupDue(late.tier, late.slot, late.agent, late.fire_at)
-            once = maintain.slot_announcement(late)
+            once = lookout.slot_announcement(late)
             streams.append_once(self.client, event, once=once, ttl_s=SLOT_TTL_S)
             self._announced.add((late.tier, late.slot, late.agent))
         if slots.waiting(self.client):

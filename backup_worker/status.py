@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 from backup_worker import alerts, backpressure, proofs, schedule
 from backup_worker.alerts.receivers import scheme_of
 from backup_worker.config import SEVERITIES
-from backup_worker.maintenance import drill, lookout, maintain, scrub
+from backup_worker.maintenance import drill, lookout, scrub
 from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
@@ -43,7 +43,7 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
     for head in heads:
         if head.is_good:
             newest[head.agent, head.tier] = head
-    overdue = maintain.missing_backups(runtime, now, heads)
+    overdue = lookout.missing_backups(runtime, now, heads)
     stale = lookout.stale_backups(config, heads, now)
     undrilled = drill.overdue(config, runtime.repository, heads, now)
     states = _states(runtime.client) if runtime.client is not None else {}
@@ -137,7 +137,7 @@ def _live(runtime: Runtime, now: float) -> dict[str, Any]:
         "recovery_paused": pause.as_json() if pause is not None else None,
         "queues": waiting,
         "held": backpressure.held(waiting, runtime.config.schedule.limits.queue_jobs),
-        "lag_s": maintain.oldest_waiting(runtime, now),
+        "lag_s": lookout.oldest_waiting(runtime, now),
         "memory": _memory(client),
         "dead_letters": int(client.xlen(streams.DEAD_LETTER)),
         "incidents": [store.get(incident_id).summary() for incident_id in store.open_ids().values()],

@@ -14,7 +14,7 @@ from backup_worker.config import AgentConfig, Tier
 from backup_worker.console.beats import Bars
 from backup_worker.console.drift import Drift
 from backup_worker.console.live import View
-from backup_worker.maintenance import maintain
+from backup_worker.maintenance import lookout
 from backup_worker.recovery.incident import Incident, IncidentStore
 from em_bridge import streams
 
@@ -140,7 +140,7 @@ def look(view: View) -> Fleet:
     config, now, zone = view.config, view.now, view.zone
     states = view.known(read_states, {})
     incidents = view.known(open_incidents, {})
-    overdue = maintain.missing_backups(view.runtime, now, view.heads)
+    overdue = lookout.missing_backups(view.runtime, now, view.heads)
     failing = view.runtime.repository.failing()
     good, newest = newest_of(view.heads)
     grace_s = config.schedule.limits.overdue_minutes * 60
@@ -175,7 +175,7 @@ def look(view: View) -> Fleet:
         overdue=len(overdue),
         alerts=tuple(view.known(alerts.open_alerts, [])),
         waiting=view.known(queue_lengths, {}),
-        lag_s=view.known(lambda _: maintain.oldest_waiting(view.runtime, now), None),
+        lag_s=view.known(lambda _: lookout.oldest_waiting(view.runtime, now), None),
         dead_letters=view.known(lambda client: int(client.xlen(streams.DEAD_LETTER)), None),
     )
 

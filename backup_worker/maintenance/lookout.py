@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from redis.exceptions import ResponseError
 
-from backup_worker import alerts, schedule
+from backup_worker import alerts, due, schedule
 from backup_worker.config import Config
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Head
@@ -38,6 +38,44 @@ def look(runtime: Runtime, heads: Sequence[Head], now: float) -> dict[str, Any]:
     stale = _tell_of_stale(runtime, heads, now)
     _let_go(runtime, heads, now)
     return {"stale": stale, "memory": _tell_of_memory(runtime), "stuck_s": _tell_of_stuck(runtime, now)}
+
+
+def missing_backups(
+    runtime: Runtime, now: float, heads: Sequence[Head] | None = None
+) -> dict[tuple[str, str], schedule.Due]:
+    """Return (tier, agent) -> the newest slot that should be filled for longer than the limit, and is not.
+
+    A snapshot made by hand since the slot was due fills it too. A slot that was announced late (everything was down,
+    or the agent is new) has its time from the announcement; so has one that was never announced, because a newer one
+    was announced in its place.
+    """
+    grace_s = runtime.config.schedule.limits.overdue_minutes * 60
+    newest: dict[tuple[str, str], float] = {}
+    for head in runtime.repository.snapshots() if heads is None else heads:
+        newest[head.tier, head.agent] = head.created_at
+    due_by_now = schedule.due(runtime.config, (), now - grace_s)
+    missing = [late for late in due_by_now if newest.get((late.tier, late.agent), 0.0) < late.fire_at]
+    announced: list[Any] = [None] * len(missing)
+    if runtime.client is not None and missing:
+        newer = {(one.tier, one.agent): one for one in schedule.due(runtime.config, (), now)}
+        own = _announcements(runtime, missing)
+        instead = _announcements(runtime, [newer[late.tier, late.agent] for late in missing])
+        announced = [entry or other for entry, other in zip(own, instead, strict=True)]
+    return {
+        (late.tier, late.agent): late
+        for late, entry in zip(missing, announced, strict=True)
+        if entry is None or streams.entry_time(entry.decode()) <= now - grace_s
+    }
+
+
+def _announcements(runtime: Runtime, slots: Sequence[schedule.Due]) -> list[Any]:
+    """Return the id of the entry with which each slot was announced, None where it was not."""
+    return list(runtime.redis.mget([streams.once_key(slot_announcement(one)) for one in slots]))
+
+
+def slot_announcement(late: schedule.Due) -> str:
+    """Return the name under which the scheduler announces a slot once."""
+    return f"slot/{late.tier}/{late.slot}/{late.agent}"
 
 
 def stale_backups(config: Config, heads: Sequence[Head], now: float) -> dict[tuple[str, str], float | None]:
@@ -80,6 +118,14 @@ def oldest_in_group(client: Redis, stream: str, group: str, now: float) -> float
         pending: Any = client.xpending(stream, group)
         waiting += [pending["min"].decode()] if pending["pending"] else []
     return max([0.0, *(now - streams.entry_time(entry_id) for entry_id in waiting)])
+
+
+def oldest_waiting(runtime: Runtime, now: float) -> float:
+    """Return for how many seconds the oldest event has waited to be handed off."""
+    return max(
+        oldest_in_group(runtime.redis, stream, streams.DISPATCHER_GROUP, now)
+        for stream in (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM)
+    )
 
 
 def _tell_of_stale(runtime: Runtime, heads: Sequence[Head], now: float) -> list[str]:

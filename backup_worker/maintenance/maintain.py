@@ -5,7 +5,7 @@ Each task may run at any time, twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from backup_worker import alerts, backups, due, schedule
@@ -17,7 +17,6 @@ from backup_worker.maintenance import scrub as scrubbing
 from backup_worker.recovery import keeping
 from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime
-from backup_worker.snapshots import Head
 from em_bridge import streams
 from em_bridge.errors import NotFound
 
@@ -50,7 +49,7 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
     """Alert what is missing or stuck: overdue backups and proofs, little space, dead letters, events nobody takes."""
     record_watch.write_kept(runtime, now)
     heads = runtime.repository.snapshots()
-    overdue = missing_backups(runtime, now, heads)
+    overdue = lookout.missing_backups(runtime, now, heads)
     for (tier, agent), late in overdue.items():
         title, body = f"{tier} backup of {agent} is missing", f"slot {late.slot} was due and is not there"
         runtime.alert(f"missing/{tier}/{agent}", "critical", title, body, agent=agent)
@@ -68,7 +67,7 @@ def watch(runtime: Runtime, now: float) -> dict[str, Any]:
     _let_go(runtime, overdue)
     # While nobody dies, nobody else looks whether a pause is over.
     RecoveryService(runtime).end_pause_in_time()
-    waiting_s = oldest_waiting(runtime, now)
+    waiting_s = lookout.oldest_waiting(runtime, now)
     if waiting_s > LAG_ALERT_S:
         runtime.alert(
             "lag", "critical", "events are not taken", f"the oldest has waited for {waiting_s:.0f} s"
@@ -101,52 +100,6 @@ def _tell_of_dead_letters(runtime: Runtime) -> int:
         body = f"{letters} events could not be handled; the last one is {last} on “{streams.DEAD_LETTER}”"
         runtime.alert(f"dead-letter/{last}", "warning", "there are dead letters", body)
     return letters
-
-
-def missing_backups(
-    runtime: Runtime, now: float, heads: Sequence[Head] | None = None
-) -> dict[tuple[str, str], schedule.Due]:
-    """Return (tier, agent) -> the newest slot that should be filled for longer than the limit, and is not.
-
-    A snapshot made by hand since the slot was due fills it too. A slot that was announced late (everything was down,
-    or the agent is new) has its time from the announcement; so has one that was never announced, because a newer one
-    was announced in its place.
-    """
-    grace_s = runtime.config.schedule.limits.overdue_minutes * 60
-    newest: dict[tuple[str, str], float] = {}
-    for head in runtime.repository.snapshots() if heads is None else heads:
-        newest[head.tier, head.agent] = head.created_at
-    due_by_now = schedule.due(runtime.config, (), now - grace_s)
-    missing = [late for late in due_by_now if newest.get((late.tier, late.agent), 0.0) < late.fire_at]
-    announced: list[Any] = [None] * len(missing)
-    if runtime.client is not None and missing:
-        newer = {(one.tier, one.agent): one for one in schedule.due(runtime.config, (), now)}
-        own = _announcements(runtime, missing)
-        instead = _announcements(runtime, [newer[late.tier, late.agent] for late in missing])
-        announced = [entry or other for entry, other in zip(own, instead, strict=True)]
-    return {
-        (late.tier, late.agent): late
-        for late, entry in zip(missing, announced, strict=True)
-        if entry is None or streams.entry_time(entry.decode()) <= now - grace_s
-    }
-
-
-def _announcements(runtime: Runtime, slots: Sequence[schedule.Due]) -> list[Any]:
-    """Return the id of the entry with which each slot was announced, None where it was not."""
-    return list(runtime.redis.mget([streams.once_key(slot_announcement(one)) for one in slots]))
-
-
-def slot_announcement(late: schedule.Due) -> str:
-    """Return the name under which the scheduler announces a slot once."""
-    return f"slot/{late.tier}/{late.slot}/{late.agent}"
-
-
-def oldest_waiting(runtime: Runtime, now: float) -> float:
-    """Return for how many seconds the oldest event has waited to be handed off."""
-    return max(
-        lookout.oldest_in_group(runtime.redis, stream, streams.DISPATCHER_GROUP, now)
-        for stream in (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM)
-    )
 
 
 def prune(runtime: Runtime, now: float) -> dict[str, Any]:

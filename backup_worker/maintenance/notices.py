@@ -20,6 +20,7 @@ from backup_worker.maintenance import digest as digests
 from backup_worker.maintenance import space
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
+from backup_worker.status import overview
 from em_bridge import streams
 
 if TYPE_CHECKING:
@@ -56,9 +57,6 @@ def announce(client: Redis, schedule_: Schedule, now: float) -> list[str]:
 
 def send_digest(runtime: Runtime, now: float) -> dict[str, Any]:
     """Send the digest."""
-    # What it tells of is told by alerts, too, which the status lists: it needs all of them, and they need this module.
-    from backup_worker.status import overview
-
     schedule_ = runtime.config.schedule
     since = now - DAY_S
     summaries = (one.summary() for one in IncidentStore(runtime.redis).all())

@@ -9,8 +9,8 @@ import fakeredis
 import pytest
 
 from backup_worker import alerts, due, schedule
-from backup_worker.maintenance import maintain, notices, pings
-from backup_worker.maintenance.maintain import missing_backups, oldest_waiting
+from backup_worker.maintenance import lookout, maintain, notices, pings
+from backup_worker.maintenance.lookout import missing_backups, oldest_waiting
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import take_snapshot
 from em_bridge import events, streams
@@ -54,7 +54,7 @@ def make(runtime: Runtime, agent: str, slot: str, now: float) -> None:
 def announce(client: Any, agent: str, slot: str, at: float) -> None:
     """Let the scheduler have announced the slot at `at`."""
     late = schedule.Due("daily", slot, agent, at)
-    client.set(streams.once_key(maintain.slot_announcement(late)), streams.id_at(at))
+    client.set(streams.once_key(lookout.slot_announcement(late)), streams.id_at(at))
 
 
 def overdue(runtime: Runtime, now: float) -> set[tuple[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backup_worker.recovery import breakers, notice
-from backup_worker.recovery.incident import DEPEND, ESCALATED, FENCE, RECOVERED, Incident
+from backup_worker.recovery.incident import ESCALATED, FENCE, RECOVERED, Incident
 from backup_worker.recovery.ledger import Escalation, Ledger
 from em_bridge.errors import AgentBackupError
 
@@ -61,6 +61,4 @@ class Ends(Ledger):
         self.record(closed, state, state == RECOVERED, detail)
         if state == RECOVERED and not (closed.by_hand and not closed.attempts):
             breakers.count(self.client, closed)
-        closed = self.store.save(closed, wake_at=None)
-        self.store.wake(DEPEND, self.now())
-        return closed
+        return self.store.save(closed, wake_at=None)

@@ -27,7 +27,6 @@ from backup_worker.console import (
     pages,
     restores,
     rq,
-    traffic,
     words,
 )
 from backup_worker.console.live import Live, live, view
@@ -109,7 +108,7 @@ def _add_words(app: Flask) -> None:
         signed=words.signed,
         printable=printable,
         word=words.word,
-        shown=traffic.shown,
+        shown=words.shown,
     )
     app.context_processor(lambda: {"view": view(), "live": live(), "badges": _badges})
 

@@ -128,6 +128,26 @@ def queue_lengths(client: Redis) -> dict[str, int]:
     return {name: int(client.llen(f"rq:queue:{name}")) for name in names}
 
 
+@dataclass(frozen=True, slots=True)
+class QueueRow:
+    """How many jobs of a queue wait, run, and have failed."""
+
+    name: str
+    waiting: int
+    running: int
+    failed: int
+
+
+def queue_rows(client: Redis) -> list[QueueRow]:
+    """Return every queue as the RQ dashboard counts it."""
+    rows = []
+    for name, waiting in queue_lengths(client).items():
+        running: Any = client.zcard(f"rq:wip:{name}")
+        failed: Any = client.zcard(f"rq:failed:{name}")
+        rows.append(QueueRow(name, waiting, int(running), int(failed)))
+    return rows
+
+
 def age_limit_s(tier: Tier, zone: str, grace_s: float, now: float) -> float | None:
     """Return the age at which a snapshot of `tier` is overdue: the time between two runs, and the grace."""
     if tier.cron is None:

@@ -17,7 +17,7 @@ from backup_worker.console.actions import note, with_redis
 from backup_worker.console.files import attachment, tar_of_folder
 from backup_worker.console.live import View, view
 from backup_worker.console.paging import paged
-from backup_worker.console.traffic import shown
+from backup_worker.console.words import shown
 from backup_worker.recovery.adapters import adapter_for
 from backup_worker.recovery.incident import Incident, IncidentStore, Step
 from backup_worker.recovery.plan import waves

@@ -11,14 +11,14 @@ from flask import Blueprint, flash, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
 from backup_worker import letters
-from backup_worker.console import traffic
+from backup_worker.console import fleet, message_log
 from backup_worker.console.actions import needed_reason, note, with_redis
 from backup_worker.console.live import view
 from em_bridge import logview, replay
 from em_bridge.errors import UsageError
 from em_bridge.lag import measure
 
-blueprint = Blueprint("traffic", __name__)
+blueprint = Blueprint("messages", __name__)
 
 LETTERS = 50
 
@@ -28,11 +28,12 @@ def page() -> str:
     """Show what waits, what could not be handled, and who wrote to whom; with `from`, what a replay would do."""
     here = view()
     wanted = {key: request.args.get(key, "").strip() for key in ("sender", "to", "before")}
-    log = here.known(lambda client: traffic.messages(client, **wanted), traffic.Log((), None))
+    log = here.known(lambda client: message_log.read(client, **wanted), message_log.Log((), None))
     start = request.args.get("from", "").strip()
     plan = _plan(start, request.args.get("recipient", "")) if start else None
     return render_template(
-        "messages.html", measured=here.known(measure, {}), letters=here.known(_letters, []), log=log, wanted=wanted,
+        "messages.html", measured=here.known(measure, {}), jobs=here.known(fleet.queue_rows, []),
+        letters=here.known(_letters, []), log=log, wanted=wanted,
         plan=plan, start=start, recipient=request.args.get("recipient", ""),
     )  # fmt: skip
 
@@ -59,7 +60,7 @@ def retry(entry: str) -> Response:
     came_of_it = letters.retry(here.runtime.redis, entry)
     note(here, "dead-letter-retry", entry=entry)
     flash(f"Dead letter {entry} {came_of_it}.", "good")
-    return redirect(url_for("traffic.page"))
+    return redirect(url_for("messages.page"))
 
 
 @blueprint.post("/messages/dead-letters/<entry>/drop")
@@ -70,7 +71,7 @@ def drop(entry: str) -> Response:
     letter = letters.drop(here.runtime.redis, entry)
     note(here, "dead-letter-drop", reason=reason, letter=letter.summary())
     flash(f"Dead letter {entry} is dropped; the record holds what it was.", "good")
-    return redirect(url_for("traffic.page"))
+    return redirect(url_for("messages.page"))
 
 
 @blueprint.post("/messages/replay", endpoint="replay")
@@ -86,4 +87,4 @@ def deliver_again() -> Response:
     flash(
         f"{done['redelivered']} messages delivered again; {done['already_there']} were there already.", "good"
     )
-    return redirect(url_for("traffic.page"))
+    return redirect(url_for("messages.page"))

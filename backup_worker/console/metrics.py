@@ -17,9 +17,11 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from backup_worker import alerts, proofs, timings
-from backup_worker.console import fleet, traffic
+from backup_worker.console import fleet
 from backup_worker.console.live import View, view
 from backup_worker.recovery.incident import ESCALATED, RECOVERED, IncidentStore
+from em_bridge import streams
+from em_bridge.lag import measure
 
 
 def mount(app: Flask) -> None:
@@ -153,19 +155,31 @@ class _Numbers(Collector):
             yield _gauge(
                 "oldest_event_seconds", "How long the oldest event waits for a job.", [], [([], now.lag_s)]
             )
-        found = self.view.known(traffic.look, [])
+        yield from self._streams()
+
+    def _streams(self) -> Iterator[Metric]:
+        found = self.view.known(measure, {"streams": [], "inboxes": []})
+        rows = [*found["streams"], *map(_as_stream, found["inboxes"])]
         yield _gauge(
-            "stream_entries", "Length of a stream.", ["stream"], [([one.name], one.length) for one in found]
+            "stream_entries",
+            "Length of a stream.",
+            ["stream"],
+            [([row["stream"]], row["length"]) for row in rows],
         )
-        groups = [(one.name, group) for one in found for group in one.groups]
+        groups = [(row["stream"], group) for row in rows for group in row["groups"]]
         yield _gauge(
             "stream_lag_entries", "Entries that a group was not given yet.", ["stream", "group"],
-            [([stream, group.name], group.lag) for stream, group in groups if group.lag is not None],
+            [([stream, group["group"]], group["unread"]) for stream, group in groups if group["unread"] is not None],
         )  # fmt: skip
         yield _gauge(
             "stream_pending_entries", "Entries that a group was given and has not finished.", ["stream", "group"],
-            [([stream, group.name], group.pending) for stream, group in groups],
+            [([stream, group["group"]], group["pending"]) for stream, group in groups],
         )  # fmt: skip
+
+
+def _as_stream(inbox: dict[str, Any]) -> dict[str, Any]:
+    return {"stream": streams.inbox(inbox["agent"]), "length": inbox["length"],
+            "groups": [inbox | {"group": streams.INBOX_GROUP}]}  # fmt: skip
 
 
 def _counter(name: str, text: str, labels: list[str], samples: list[Any]) -> Metric:

@@ -28,7 +28,7 @@ ACCESS: Mapping[str, str] = {
         VIEWER, "pages.", "fleet_page backups_page snapshot_page weights_page changes_page alerts_page history_page"
     ),
     **_all(VIEWER, "incidents.", "list_page page"),
-    **_all(VIEWER, "traffic.", "page letter_page"),
+    **_all(VIEWER, "messages.", "page letter_page"),
     **_all(
         VIEWER, "rq_dashboard.",
         "queues_overview workers_overview jobs_overview job_view list_queues list_jobs list_workers job_info "
@@ -37,7 +37,7 @@ ACCESS: Mapping[str, str] = {
     **_all(OPERATOR, "files.", "file archive"),
     **_all(OPERATOR, "restores.", "wizard look start"),
     **_all(OPERATOR, "incidents.", "evidence acknowledge"),
-    **_all(OPERATOR, "traffic.", "retry drop replay"),
+    **_all(OPERATOR, "messages.", "retry drop replay"),
     **_all(OPERATOR, "actions.", "pin unpin verify acknowledge silence unsilence recover pause resume"),
     **_all(
         OPERATOR, "rq_dashboard.", "delete_job_view requeue_job_view requeue_all empty_queue compact_queue"

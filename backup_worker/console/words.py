@@ -83,6 +83,13 @@ def signed(number: float | None) -> str:
     return f"{'+' if number > 0 else MINUS}{abs(number):g}"
 
 
+def shown(content: Any, limit: int = 2000) -> str:
+    """Return bytes (or anything) as text that can be printed."""
+    text = content.decode("utf-8", "backslashreplace") if isinstance(content, bytes) else str(content)
+    text = "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
 def word(found: object) -> str:
     """Return `found` as one word of a command: whoever copies it must not run what somebody else wrote."""
     return shlex.quote(printable(str(found)))

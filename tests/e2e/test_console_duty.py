@@ -139,7 +139,14 @@ def test_an_escalation_reaches_the_person_who_takes_it(fleet: Fleet, page: Page)
     wait_for(lambda: "escalation/rick" in fleet.alerts(), "the page")
     page.get_by_role("navigation", name="pages").get_by_role("link", name="Incidents").click()
     page.get_by_role("link", name=incident.id).click()
-    expect(page.locator("pre.log")).to_contain_text("this state kills me")
+    log = page.locator("pre.log")
+    expect(log).to_contain_text("this state kills me")
+    with (fleet.state / "logs" / "rick.log").open("a") as file:
+        file.write("".join(f"line {number}\n" for number in range(1, 50)) + "and this just now\n")
+    # The log is live, and its newest line is in sight.
+    expect(log).to_contain_text("and this just now")
+    shown = log.evaluate("found => [found.scrollHeight > found.clientHeight, found.scrollTop]")
+    assert shown == [True, 0], "from the bottom"
     with page.expect_download() as started:
         page.get_by_role("link", name="Download the evidence").click()
     assert started.value.failure() is None

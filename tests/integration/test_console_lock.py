@@ -169,7 +169,7 @@ ACTS = frozenset({
     "actions.unpin", "actions.unsilence", "actions.verify", "files.archive", "files.file", "incidents.acknowledge",
     "incidents.evidence", "restores.look", "restores.start", "restores.wizard", "rq_dashboard.compact_queue",
     "rq_dashboard.delete_job_view", "rq_dashboard.empty_queue", "rq_dashboard.requeue_all",
-    "rq_dashboard.requeue_job_view", "traffic.drop", "traffic.replay", "traffic.retry",
+    "rq_dashboard.requeue_job_view", "messages.drop", "messages.replay", "messages.retry",
 })  # fmt: skip
 DECIDES = frozenset({"actions.approve", "actions.reject", "actions.statement"})
 

@@ -159,10 +159,16 @@ def test_the_record_is_shown_filtered_and_verified(visitor: Visitor) -> None:
     assert "The chain holds" in visitor.get("/history?verify=1").text
 
 
-def test_streams_lag_and_dead_letters_are_shown(visitor: Visitor) -> None:
+def test_streams_lag_jobs_and_dead_letters_are_shown(world: World, visitor: Visitor) -> None:
+    world.runtime.redis.rpush("rq:queue:backup", "one")
+    world.runtime.redis.zadd("rq:failed:maintenance", {"two": 9e9})
     page = visitor.get("/messages").text
     assert "unknown type “config.guessed”" in page
     assert "em-router" in page
+    for queue, waiting, failed in (("backup", 1, 0), ("maintenance", 0, 1)):
+        row = re.search(rf'<th scope="row" class="path">{queue}</th>(.*?)</tr>', page, re.S)
+        assert row is not None
+        assert re.findall(r">(\d+)</td>", row[1]) == [str(waiting), "0", str(failed)], queue
     assert "hello" not in page, "what agents say to each other is not the console's business"
 
 

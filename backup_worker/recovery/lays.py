@@ -63,6 +63,7 @@ class Lays(Waits):
         return ", as recovery.first_try says" if agent.recovery.first_try == CURRENT else ""
 
     def _restore(self, incident: Incident, agent: AgentConfig) -> Incident:
+        stood = agent.root.is_dir()
         result, plan = self.states.restore(
             incident.agent,
             as_of=incident.known_until,
@@ -71,10 +72,11 @@ class Lays(Waits):
         )
         evidence = (*incident.evidence, str(result.evidence)) if result.evidence else incident.evidence
         detail = f"{result.files} files, {result.bytes} bytes, verified and swapped in"
-        detail += (
-            f"; what stood there is in {result.evidence}" if result.evidence else "; it stood there already"
-        )
-        incident, loss = self._with_loss(replace(incident, evidence=evidence), plan)
+        if result.evidence:
+            detail += f"; what stood there is in {result.evidence}"
+        else:
+            detail += "; it stood there already" if stood else "; there was no root any more"
+        incident, loss = self._with_loss(replace(incident, evidence=evidence), plan, stood=stood)
         done = self._noted(incident, RESTORE, True, f"{detail}; {loss}")
         if done.reapply:
             done = self._put_back(done)
@@ -84,11 +86,11 @@ class Lays(Waits):
     def _next_tree(self, incident: Incident) -> Path:
         return self.evidence_folder(incident) / f"tree-{len(incident.evidence) + 1}"
 
-    def _with_loss(self, incident: Incident, plan: RestorePlan) -> tuple[Incident, Loss]:
+    def _with_loss(self, incident: Incident, plan: RestorePlan, *, stood: bool) -> tuple[Incident, Loss]:
         # Against what stood there at the death: later trees are those of states that were tried.
         kept = Path(incident.evidence[0]) if incident.evidence else None
         known = changes.all_changes(self.client, approvals.rules(self.config))
-        loss = self.states.loss(plan, kept, known, until=incident.known_until)
+        loss = self.states.loss(plan, kept, known, stood=stood, until=incident.known_until)
         lost = tuple(map(printable, (loss.lost or ())[: notice.SHOWN]))
         count = None if loss.lost is None else len(loss.lost)
         # What was left out before, by this incident or the one that it follows, is in no older state either.

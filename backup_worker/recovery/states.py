@@ -86,15 +86,18 @@ class States:
             return str(error)
         return ""
 
-    def loss(self, plan: RestorePlan, kept: Path | None, known: Iterable[Change], *, until: float) -> Loss:
+    def loss(
+        self, plan: RestorePlan, kept: Path | None, known: Iterable[Change], *, stood: bool, until: float
+    ) -> Loss:
         """Return what the restore of `plan` has cost, against the tree `kept` that stood there at the death.
 
-        Never fails: what cannot be found out is said to be unknown.
+        Without `kept`, `stood` tells whether the state stood there already, or no root did. Never fails: what cannot
+        be found out is said to be unknown.
         """
         try:
             heads = self.repository.snapshots(plan.agent.name)
             state_at = next((head.created_at for head in heads if head.id == plan.state), None)
-            lost = compare(plan, kept).lost if kept is not None else ()
+            lost = compare(plan, kept).lost if kept is not None else () if stood else None
             return Loss(state_at, lost, missed_changes(plan, heads, known, until=until))
         except (AgentBackupError, OSError) as error:
             log.error("what %s has lost cannot be found out: %s", plan.agent.name, error)

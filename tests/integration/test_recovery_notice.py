@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,16 @@ def test_the_notice_is_in_no_backup_and_makes_no_restore_differ(fleet: Fleet) ->
     assert left(fleet, "z") != told
     assert "## Lost" not in left(fleet, "z")
     assert [one.seq for one in messages(fleet)] == [1, 2]
+
+
+def test_one_whose_whole_root_is_gone_is_not_told_that_nothing_is_lost(fleet: Fleet) -> None:
+    fleet.add("z")
+    fleet.backup("z")
+    shutil.rmtree(fleet.root("z"))
+    incident = fleet.recover("z")
+    restored = next(one for one in incident.steps if one.step == "restore")
+    assert restored.detail.endswith("there was no root any more; what is lost is not known")
+    assert "It could not be found out" in left(fleet, "z")
 
 
 def test_one_that_was_only_started_again_is_told_so(fleet: Fleet) -> None:

@@ -141,31 +141,30 @@ class Capture:
                 self._take_other(path, info)
             else:
                 (files if info.st_nlink < 2 else twins).append(path)
-        sizes = [found[path].st_size for path in files]
+        left = [path for path in files if not self._share(path, found[path])]
+        sizes = [found[path].st_size for path in left]
         if parts.are_worth_it(sizes):
-            self._take_in_parts(files, sizes, found)
+            self._take_in_parts(left, sizes, found)
         else:
-            self._take_files(files, found)
+            self._take_files(left, found)
         self._take_files(twins, found)
 
-    def _take_files(self, paths: Sequence[str], found: Found) -> list[str]:
-        """Share what is unchanged, read the many small ones that the disk answers together, then all others.
+    def _share(self, path: str, listed: State) -> bool:
+        """Share what is known to be unchanged. By this process alone: others would need all entries in their memory."""
+        entry = self.files.share(path, listed)
+        if entry is not None:
+            self._took(path, entry, listed)
+        return entry is not None
 
-        Returns what was shared.
-        """
-        shared: list[str] = []
+    def _take_files(self, paths: Sequence[str], found: Found) -> None:
+        """Read the many small ones that the disk answers together, then all others."""
         small: list[str] = []
         rest: list[str] = []
         now = clock.now()
         for path in paths:
             listed = found[path]
-            if entry := self.files.share(path, listed):
-                self._took(path, entry, listed)
-                shared.append(path)
-            elif is_small(listed, now) and not (now - listed.st_mtime < OLD_S and path.endswith(".json")):
-                small.append(path)
-            else:
-                rest.append(path)
+            is_young_json = now - listed.st_mtime < OLD_S and path.endswith(".json")
+            (small if is_small(listed, now) and not is_young_json else rest).append(path)
         for path, fd in opened_ahead(self.source, small, str, from_disk=False):
             listed = found[path]
             taken = self.files.copy_small(path, fd, listed, now) if isinstance(fd, int) else None
@@ -175,7 +174,6 @@ class Capture:
                 rest.append(path)
         for path in rest:
             self._take_file(path)
-        return shared
 
     def _took(self, path: str, entry: Entry, state: State) -> None:
         self.done.entries[path] = entry
@@ -183,24 +181,20 @@ class Capture:
 
     def _take_in_parts(self, paths: Sequence[str], sizes: Sequence[int], found: Found) -> None:
         def take(part: Sequence[str]) -> Any:
-            shared = set(self._take_files(part, found))
+            self._take_files(part, found)
             given_up = [(path, self._given_up[path].problem) for path in part if path in self._given_up]
             taken = []
             for path in part:
                 # Not kept in here: this process may take many parts.
                 entry, state = self.done.entries.pop(path, None), self._states.pop(path, None)
-                if entry is not None and path not in shared:
+                if entry is not None:
                     taken.append((entry, None if state == found[path] else state))
-            # Of the shared ones all is known there already: their numbers will do.
-            return taken, given_up, [number for number, path in enumerate(part) if path in shared]
+            return taken, given_up
 
-        for part, (taken, given_up, shared) in in_parts(paths, sizes, take):
-            for number in shared:
-                self._took(part[number], self.files.shared(part[number]), found[part[number]])
+        for _, (taken, given_up) in in_parts(paths, sizes, take):
             for row, state in taken:
                 entry = _from_row(row)
-                self.done.entries[entry.path] = entry
-                self._states[entry.path] = State(*state) if state else found[entry.path]
+                self._took(entry.path, entry, State(*state) if state else found[entry.path])
             self._given_up |= {path: Problem(path, why) for path, why in given_up}
 
     def _drop(self, path: str) -> None:

@@ -72,12 +72,8 @@ class FileCapture:
         if old is None or listed.st_nlink != 1 or old.hardlink is not None or not _is_unchanged(old, listed):
             return None
         folder, _, name = path.rpartition("/")
-        return self.shared(path) if self._link_new(folder, name) else None
-
-    def shared(self, path: str) -> Entry:
-        """Return the entry of a file that `share` has shared, here or in another process."""
-        assert self.previous is not None, "nothing is shared with nothing"
-        old = self.previous.entries[path]
+        if not self._link_new(folder, name):
+            return None
         return old if old.linked else old._replace(linked=True)
 
     def copy_small(self, path: str, fd: int, listed: State, now: float) -> Entry | None:

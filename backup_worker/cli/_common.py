@@ -1,4 +1,4 @@
-"""What several command groups need: the runtime behind `--config` and `--redis-url`, and how things are printed."""
+"""What several command groups need: what stands behind `--config` and `--redis-url`, and how things are printed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from backup_worker.config import Config
+    from backup_worker.history import History
     from backup_worker.runtime import Runtime
+    from backup_worker.snapshots import Repository
 
 
 def redis_url_for(config: Config, url: str | None) -> str | None:
@@ -70,6 +72,16 @@ def console_runtime(config_dir: Path, url: str | None) -> Runtime:
     except RedisUnavailable:
         config = load(config_dir)
         return Runtime(config, None, redis_url_for(config, url) or connection.DEFAULT_URL)
+
+
+def opened(config_dir: Path) -> tuple[Config, Repository, History]:
+    """Return the configuration, and the repository and record that it names. Raises ConfigError."""
+    from backup_worker.config import load
+    from backup_worker.history import history_of
+    from backup_worker.snapshots import Repository
+
+    config = load(config_dir)
+    return config, Repository(config.schedule.repository), history_of(config.schedule)
 
 
 def plain(text: str) -> str:

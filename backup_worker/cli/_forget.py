@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from backup_worker.cli._common import opened
 from em_bridge import clock
 from em_bridge.errors import NotFound, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit
@@ -27,7 +28,6 @@ def forget(
 
     Example: `backup-worker forget leroy --dry-run`
     """
-    from backup_worker.cli.snapshots import opened
     from backup_worker.forgetting import kept_besides, remove
     from backup_worker.snapshots import RetentionPlan
     from backup_worker.snapshots.retention import forget as delete

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backup_worker.cli import _completion
+from backup_worker.cli._common import opened
 from em_bridge import clock
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
 
@@ -35,7 +36,6 @@ def list_(
 
     Example: `backup-worker list --agent z --tier daily`
     """
-    from backup_worker.cli.snapshots import opened
 
     settings, repo, _ = opened(config)
     heads, unreadable = repo.survey(agent, tier)

@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo
 import typer
 
 from backup_worker.cli import _completion
+from backup_worker.cli._common import opened
 from em_bridge.errors import AgentBackupError, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
 
@@ -62,7 +63,6 @@ def restore(
     Example: `backup-worker restore z --as-of 2026-11-22 --dry-run`
     """
     from backup_worker.cli._many import lay_down
-    from backup_worker.cli.snapshots import opened
     from backup_worker.restores import Restore
 
     settings, repo, history = opened(config)

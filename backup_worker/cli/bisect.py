@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backup_worker.cli import _completion
+from backup_worker.cli._common import opened
 from em_bridge import clock
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit
 
@@ -43,7 +44,6 @@ def bisect(
 
     Example: `backup-worker bisect z --for 10`
     """
-    from backup_worker.cli.snapshots import opened
     from backup_worker.recovery.bisecting import Bisector
 
     settings, repo, _ = opened(config)

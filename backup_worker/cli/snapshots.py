@@ -7,35 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backup_worker.cli import _completion
+from backup_worker.cli._common import opened
 from backup_worker.cli._completion import IdArgument
+from backup_worker.cli._forget import forget
+from backup_worker.cli._list import list_
+from backup_worker.cli._restore import restore
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError, NotFound
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
 
 if TYPE_CHECKING:
     from backup_worker.config import Config
-    from backup_worker.history import History
-    from backup_worker.snapshots import Manifest, Repository
+    from backup_worker.snapshots import Manifest
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add this group's commands to `app`."""
-    from backup_worker.cli._forget import forget
-    from backup_worker.cli._list import list_
-    from backup_worker.cli._restore import restore
-
     for command in (backup, list_, show, diff_, verify, restore, prune, forget, pin, unpin):
         app.command(command.__name__.rstrip("_"))(command)
-
-
-def opened(config_dir: Any) -> tuple[Config, Repository, History]:
-    """Return the configuration, and the repository and record that it names. Raises ConfigError."""
-    from backup_worker.config import load
-    from backup_worker.history import history_of
-    from backup_worker.snapshots import Repository
-
-    config = load(config_dir)
-    return config, Repository(config.schedule.repository), history_of(config.schedule)
 
 
 def backup(

@@ -2,7 +2,8 @@
 
 `Supervisor.run` keeps its children running until it is asked to stop (SIGTERM, SIGINT): then they get SIGTERM, and
 SIGKILL after the grace. A child that exits is started again, at once the first time and then with growing pauses, so
-that a part which cannot start does not burn a core. If this process is killed with -9, the kernel ends its children.
+that a part which cannot start does not burn a core; one for which there is no process or memory is tried again like
+that, too. If this process is killed with -9, the kernel ends its children.
 """
 
 from __future__ import annotations
@@ -105,14 +106,22 @@ class Supervisor:
             code = child.process.poll()
             if code is None:
                 return
+            child.process = None
             steady = now - child.started_at >= STEADY_AFTER_S
             child.failures = 0 if steady else child.failures + 1
-            pause_s = min(LONGEST_PAUSE_S, 2.0 ** (child.failures - 1)) if child.failures > 1 else 0.0
-            log.warning("%s ended with code %s; starting it again in %.0f s", child.name, code, pause_s)
-            child.process = None
-            child.due_at = now + pause_s
+            self._put_off(child, now, f"ended with code {code}")
         if now >= child.due_at:
-            child.start(now)
+            try:
+                child.start(now)
+            except OSError as problem:
+                # No memory, process or descriptor left for now: it is no reason to end what still runs.
+                child.failures += 1
+                self._put_off(child, now, f"cannot be started ({problem})")
+
+    def _put_off(self, child: Child, now: float, why: str) -> None:
+        pause_s = min(LONGEST_PAUSE_S, 2.0 ** (child.failures - 1)) if child.failures > 1 else 0.0
+        log.warning("%s %s; starting it again in %.0f s", child.name, why, pause_s)
+        child.due_at = now + pause_s
 
     def stop_children(self) -> None:
         """End every child: SIGTERM, and SIGKILL to what is left after the grace."""

@@ -67,6 +67,24 @@ def test_pauses_grow_up_to_a_limit_and_a_steady_child_is_forgiven() -> None:
     assert child.due_at == now + STEADY_AFTER_S
 
 
+def test_a_child_that_cannot_be_started_ends_no_other_and_is_tried_again(tmp_path: Path) -> None:
+    # As with no memory, process or descriptor left: one fork that failed used to end the whole service.
+    missing = Child("missing", [str(tmp_path / "not-there")])
+    living = Child("living", program("import time; time.sleep(60)"))
+    supervisor = Supervisor([missing, living], grace_s=1)
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append(living.process is not None and living.process.poll() is None)
+        if missing.failures > 1:
+            supervisor.request_stop()
+
+    threading.Timer(10, supervisor.request_stop).start()
+    supervisor.run(tick_s=0.02, also=look)
+    assert missing.failures == 2
+    assert seen[-1]
+
+
 def test_stopping_asks_first_and_kills_what_does_not_listen(tmp_path: Path) -> None:
     ready, polite = tmp_path / "ready", tmp_path / "polite"
     deaf = program(

@@ -48,6 +48,7 @@ def main() -> None:
     try:
         world = make_world(folder / "fleet", server.url)
         now = time.time()
+        give_commands(world)
         live_through(world, now, days=12, weights=weights_of)
         world.users.add("kari", PASSWORD, role=APPROVER)
         change_weights(world, now)
@@ -59,7 +60,7 @@ def main() -> None:
             Picture("phone", "/", width=390, height=844),
             Picture("weights", "/weights/z", height=760),
             Picture("changes", "/changes", height=760),
-            Picture("incident", f"/incidents/{incident}", "dark", height=820),
+            Picture("incident", f"/incidents/{incident}", "dark", height=1020),
             Picture("restore", f"/snapshots/{oldest}/restore", height=640),
         )
         with served(world) as url, Pulse(world.runtime, time.time()), sync_playwright() as playwright:
@@ -90,6 +91,15 @@ def take(browser: Browser, url: str, picture: Picture) -> None:
     context.close()
     assert target.stat().st_size < LARGEST, f"{target.name} is larger than {LARGEST} bytes"
     print(f"{target.name}: {target.stat().st_size / 1000:.0f} kB")
+
+
+def give_commands(world: World) -> None:
+    """Say how the agents are started, so that their logs are shown."""
+    file = world.config_dir / "agents.json"
+    document = json.loads(file.read_text())
+    for agent in document["agents"].values():
+        agent["start"] = {"command": ["python3", "agent.py"]}
+    file.write_text(json.dumps(document))
 
 
 STEPS = (

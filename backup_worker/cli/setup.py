@@ -53,7 +53,7 @@ def init(
         "agents": [one.as_json() for one in found],
         "passed_over": [one.as_json() for one in survey.passed_over] if survey is not None else [],
     }
-    emit(result, as_json=as_json, render=lambda _: _print_init(directory, written, survey))
+    emit(result, as_json=as_json, render=lambda _: _print_init(directory, written, survey, fleet))
 
 
 def doctor(
@@ -108,9 +108,9 @@ def _ours(directory: Path) -> list[Path]:
     return [schedule.repository, schedule.state]
 
 
-def _print_init(directory: Path, written: list[Path], survey: Survey | None) -> None:
-    if survey is not None:
-        _print_survey(survey)
+def _print_init(directory: Path, written: list[Path], survey: Survey | None, fleet: Path | None) -> None:
+    if survey is not None and fleet is not None:
+        _print_survey(survey, Path(os.path.abspath(fleet)))
     typer.echo(f"written into {directory}: {', '.join(path.name for path in written)}")
     typer.echo("\nNext:")
     option = "" if directory == DEFAULT_CONFIG else f" --config {directory}"
@@ -130,13 +130,15 @@ def _print_init(directory: Path, written: list[Path], survey: Survey | None) -> 
         typer.echo(f"  {number}. {step}")
 
 
-def _print_survey(survey: Survey) -> None:
+def _print_survey(survey: Survey, fleet: Path) -> None:
     from backup_worker.cli._common import new_table, show, size
 
-    table = new_table("", "agent", "files found", "size", "required", "folder")
+    table = new_table("", "agent", "files found", "size", "required", f"folder in {fleet}")
     for one in survey.agents:
         counts = ", ".join(f"{count} {kind}" for kind, count in one.counts.items() if count)
-        table.add_row(one.agent, counts, size(one.bytes), ", ".join(one.required), str(one.root))
+        table.add_row(
+            one.agent, counts, size(one.bytes), ", ".join(one.required), str(one.root.relative_to(fleet))
+        )
     show(table)
     for one in survey.agents:
         for remark in one.remarks:

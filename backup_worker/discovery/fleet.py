@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,13 +85,17 @@ def discover(fleet: Path, ours: Collection[Path] = ()) -> Survey:
             if other != root and other.is_relative_to(root)
         ]
         one = propose(name, root, inner)
-        one.remarks += [f"cannot be read: {path}" for path in seen.unreadable if path.is_relative_to(root)]
+        if not root.name.isascii():
+            one.remarks.append(
+                f"“{root.name}” is not a name for an agent: ASCII letters, digits, - and _ only"
+            )
         if any(_NO_LIVING.search(part) for part in root.relative_to(fleet).parts):
             one.remarks.append(
                 "its path looks like that of a copy or a template: if nobody lives there, remove it"
             )
         agents.append(one)
-    return Survey(agents, seen.passed_over)
+    hidden = [PassedOver(path, "cannot be read") for path in seen.unreadable if not _within(path, seen.roots)]
+    return Survey(agents, [*seen.passed_over, *hidden])
 
 
 def _walk(fleet: Path, ours: Collection[Path]) -> _Seen:
@@ -103,8 +108,9 @@ def _walk(fleet: Path, ours: Collection[Path]) -> _Seen:
         is_agent = any(name.lower() == SOUL.lower() for name in files)
         if is_agent:
             seen.roots.append(folder)
-        elif not any(folder.is_relative_to(root) for root in seen.roots):
+        elif not _within(folder, seen.roots):
             seen.passed_over.extend(PassedOver(folder, why) for why in _matters(folders, files))
+        seen.passed_over.extend(_links_out(fleet, folder, folders))
         folders[:] = sorted(
             name
             for name in folders
@@ -114,6 +120,21 @@ def _walk(fleet: Path, ours: Collection[Path]) -> _Seen:
             and not os.path.exists(os.path.join(here, name, "pyvenv.cfg"))
         )
     return seen
+
+
+def _within(path: Path, roots: Iterable[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
+
+
+def _links_out(fleet: Path, folder: Path, names: Iterable[str]) -> Iterator[PassedOver]:
+    """Name the links to agents elsewhere: no link is followed."""
+    for link in (folder / name for name in names):
+        if link.is_symlink() and (link / SOUL).exists():
+            target = link.resolve()
+            if not target.is_relative_to(fleet.resolve()):
+                yield PassedOver(
+                    link, f"is a link to {target}, an agent: add it with that folder as its root"
+                )
 
 
 def _matters(folders: Iterable[str], files: Iterable[str]) -> Iterator[str]:
@@ -152,5 +173,6 @@ def _names(root: Path, fleet: Path) -> Iterator[str]:
     special = [part for part in within if part.lower() not in _GENERIC]
     generic = [part for part in within if part.lower() in _GENERIC]
     for part in (*special, *generic, *around):
-        if name := re.sub(r"[^A-Za-z0-9_-]+", "-", _PREFIX.sub("", part)).strip("-_")[:63]:
+        plain = unicodedata.normalize("NFKD", _PREFIX.sub("", part)).encode("ascii", "ignore").decode()
+        if name := re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-_")[:63]:
             yield name

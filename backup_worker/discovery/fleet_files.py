@@ -93,6 +93,7 @@ class _Notes:
     big: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
 
 def propose(name: str, root: Path, inner: Sequence[str]) -> Found:
@@ -105,7 +106,7 @@ def propose(name: str, root: Path, inner: Sequence[str]) -> Found:
         # Where the EM exports the log of messages to: what rebuilds a lost Redis must not wait for Sunday.
         classes["memory"].append("message-log/**")
     notes, weights = _Notes(), []
-    for path in _paths(root, found.exclude):
+    for path in _paths(root, found.exclude, notes):
         kind, pattern = _class_of(path)
         if kind is not None and pattern is not None and pattern not in classes[kind]:
             classes[kind].append(pattern)
@@ -150,9 +151,13 @@ def _usual() -> dict[str, Scope]:
     return {kind: Scope(patterns) for kind, patterns in USUAL.items()}
 
 
-def _paths(root: Path, exclude: list[str]) -> Iterator[str]:
+def _paths(root: Path, exclude: list[str], notes: _Notes) -> Iterator[str]:
     """Yield the agent's files and links, and add the virtual environments on the way to `exclude`."""
-    for folder, folders, files in os.walk(root):
+
+    def closed(error: OSError) -> None:
+        notes.unreadable.append(os.path.relpath(error.filename, root))
+
+    for folder, folders, files in os.walk(root, onerror=closed):
         here = os.path.relpath(folder, root)
         here = "" if here == "." else f"{here}/"
         kept = []
@@ -198,7 +203,9 @@ def _look(root: Path, path: str, notes: _Notes) -> int:
         if not full.is_file():
             return 0
         size = full.stat().st_size
-        if path.endswith(".json") and 0 < size <= _PARSED_BYTES and json_problem(full.read_bytes()):
+        if not os.access(full, os.R_OK):
+            notes.unreadable.append(path)
+        elif path.endswith(".json") and 0 < size <= _PARSED_BYTES and json_problem(full.read_bytes()):
             notes.broken.append(path)
     except OSError:
         return 0
@@ -229,6 +236,8 @@ def _remarks(root: Path, required: Iterable[str], notes: _Notes, inner: Sequence
             yield f"{path} is empty: its first snapshot will be suspect"
     if notes.broken:
         yield f"not valid JSON, so its first snapshot will be suspect: {_some(notes.broken)}"
+    if notes.unreadable:
+        yield f"cannot be read by you, so snapshots will be partial: {_some(notes.unreadable)}"
     if notes.secrets:
         yield f"secrets by their names, backed up like the rest (files only you can read): {_some(notes.secrets)}"
     if notes.big:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,7 +106,8 @@ def test_caches_sockets_and_outboxes_are_left_out(tmp_path: Path) -> None:
         ("_x", "x"),
         ("Execution-Manager", "em"),
         ("EM", "em"),
-        ("é", None),
+        ("é", "e"),
+        ("日本", None),
     ],
 )
 def test_an_id_is_made_from_the_folder_s_name(tmp_path: Path, folder: str, agent: str | None) -> None:
@@ -315,3 +320,52 @@ def test_what_is_counted_is_what_the_engine_copies(tmp_path: Path) -> None:
         reason="test",
     )  # fmt: skip
     assert made.files == sum(z.counts.values()) == 2
+
+
+def test_a_folder_whose_name_is_none_for_an_agent_is_taken_and_remarked_on(tmp_path: Path) -> None:
+    make(tmp_path, "zoë/SOUL.md", "日本/SOUL.md", "jay/SOUL.md")
+    assert found(tmp_path).keys() >= {"zoe", "jay"}
+    assert "“zoë” is not a name for an agent" in remarks(tmp_path, "zoe")
+    assert len(found(tmp_path)) == 3
+    assert remarks(tmp_path, "jay") == ""
+
+
+def test_a_link_to_an_agent_elsewhere_is_named_and_one_within_the_fleet_is_not(tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet"
+    make(tmp_path, "elsewhere/SOUL.md", "notes/a.md", "fleet/z/SOUL.md")
+    for name, target in (("out", "elsewhere"), ("in", "fleet/z"), ("notes", "notes")):
+        (fleet / name).symlink_to(tmp_path / target)
+    survey = discover(fleet)
+    assert [one.agent for one in survey.agents] == ["z"]
+    assert [(one.path, one.why.split(":")[0]) for one in survey.passed_over] == [
+        (fleet / "out", f"is a link to {tmp_path / 'elsewhere'}, an agent")
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may read everything")
+def test_what_cannot_be_read_is_named_before_the_first_backup_says_it(tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet"
+    make(fleet, "z/SOUL.md", "z/memory/a.md", "z/key.json", "closed/SOUL.md")
+    closed = [fleet / "z/memory", fleet / "z/key.json", fleet / "closed"]
+    for path in closed:
+        path.chmod(0)
+    dropped = ["setpriv", "--inh-caps=-all", "--bounding-set=-dac_override,-dac_read_search"]
+    program = [
+        sys.executable,
+        "-m",
+        "backup_worker",
+        "init",
+        str(tmp_path / "config"),
+        "--from",
+        str(fleet),
+        "--json",
+    ]
+    try:
+        done = subprocess.run([*dropped * (os.geteuid() == 0), *program], capture_output=True, check=True)
+    finally:
+        for path in closed:
+            path.chmod(0o700)
+    result = json.loads(done.stdout)
+    (agent,) = result["agents"]
+    assert agent["remarks"] == ["cannot be read by you, so snapshots will be partial: key.json, memory"]
+    assert result["passed_over"] == [{"path": str(fleet / "closed"), "why": "cannot be read"}]

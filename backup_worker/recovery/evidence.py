@@ -1,8 +1,9 @@
 """What a human needs when a recovery fails: one folder with a report to read and the same facts for a machine.
 
 `<state>/evidence/<incident>/REPORT.md`, `incident.json`, `log.txt` (the agent's last words) and, from the restores,
-`tree-1`, `tree-2`, … (what stood in the agent's root before). Writing never fails a recovery: what cannot be written
-is logged, and the page says so. No environment and no URL goes in: they hold passwords.
+`tree-1`, `tree-1.log`, … (what stood in the agent's root before, and what it had said by then). Writing never fails a
+recovery: what cannot be written is logged, and the page says so. No environment and no URL goes in: they hold
+passwords.
 """
 
 from __future__ import annotations
@@ -78,6 +79,18 @@ def write(folder: Path, facts: Facts) -> str:
             f"No report can be written: {why}. What was done: `backup-worker incidents {facts.incident.id}`"
         )
     return f"Everything that is known: {folder / 'REPORT.md'}"
+
+
+def keep_log(tree: Path, lines: Sequence[str]) -> None:
+    """Write the agent's last lines beside the evidence `tree`; a failure is only logged.
+
+    What cannot take these takes no tree either, so the restore refuses; and whoever runs the agent has them still.
+    """
+    try:
+        tree.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write(tree.with_name(f"{tree.name}.log"), "".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        log.error("the last lines of an agent cannot be kept beside %s: %s", tree, error)
 
 
 def _write(path: Path, text: str) -> None:

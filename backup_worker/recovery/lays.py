@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from backup_worker.approval import approvals, changes
 from backup_worker.recovery import notice, witnesses
+from backup_worker.recovery.evidence import keep_log
 from backup_worker.recovery.incident import CURRENT, DEPEND, RESTORE, SELECT, Incident, Missed
 from backup_worker.recovery.waits import Waits
 from backup_worker.snapshots.errors import printable
@@ -63,12 +64,13 @@ class Lays(Waits):
         return ", as recovery.first_try says" if agent.recovery.first_try == CURRENT else ""
 
     def _restore(self, incident: Incident, agent: AgentConfig) -> Incident:
-        stood = agent.root.is_dir()
+        stood, tree = agent.root.is_dir(), self._next_tree(incident)
+        keep_log(tree, self.adapter_of(incident.agent).log_lines())
         result, plan = self.states.restore(
             incident.agent,
             as_of=incident.known_until,
             exclude=incident.tried,
-            evidence=self._next_tree(incident),
+            evidence=tree,
         )
         evidence = (*incident.evidence, str(result.evidence)) if result.evidence else incident.evidence
         detail = f"{result.files} files, {result.bytes} bytes, verified and swapped in"

@@ -13,7 +13,7 @@ from tests.living_fleet import Fleet, steps, wait_for
 
 def test_a_wiped_agent_comes_back_equal_to_its_backup_and_what_stood_there_is_kept(fleet: Fleet) -> None:
     fleet.add("z")
-    fleet.start("z")
+    pid = fleet.start("z")
     snapshot = fleet.backup("z")
     whole = fleet.files("z")
     fleet.wipe("z")
@@ -25,6 +25,7 @@ def test_a_wiped_agent_comes_back_equal_to_its_backup_and_what_stood_there_is_ke
     assert fleet.files("z") == whole
     kept = Path(incident.evidence[0])
     assert {str(p.relative_to(kept)): p.read_bytes() for p in kept.rglob("*") if p.is_file()} == wiped
+    assert f"pid {pid}" in kept.with_name("tree-1.log").read_text()
     assert len(fleet.running("z")) == 1
     assert fleet.alerts() == []
 

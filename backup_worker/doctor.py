@@ -133,7 +133,10 @@ def _manager(config: Config) -> Iterator[Check]:
 def _start(name: str, agent: AgentConfig, state: Path) -> Iterator[Check]:
     check = f"start of {name}"
     if agent.start is None:
-        example = f'["em-bridge", "run", "{name}", "--", "python3", "agent.py"]'
+        own = '["em-bridge", "em"]'
+        example = (
+            own if name.lower() == EM else f'["em-bridge", "run", "{name}", "--", "python3", "agent.py"]'
+        )
         mend = f'add agents.{name}.start, for example {{"command": {example}}}'
         yield Check(check, "warn", "it is backed up and restored, but cannot be started after a death", mend)
         return

@@ -14,6 +14,8 @@ from em_bridge.errors import ConfigError, NotFound, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit, fail
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from backup_worker.discovery.fleet import Survey
     from backup_worker.discovery.fleet_files import Found
 
@@ -32,22 +34,37 @@ def init(
         Path | None,
         typer.Option("--from", metavar="FLEET", help="Protect every folder with a SOUL.md below this one."),
     ] = None,
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add", help="With --from: add the agents that agents.json lacks; change nothing else."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a starting configuration: backup_schedule.json, agents.json and their schemas for editors.
 
     With `--from`, an existing fleet comes under protection: each folder with a SOUL.md becomes an agent, its files
-    sorted by their usual names; what looks like one and is not taken is named. Nothing in the fleet is changed.
+    sorted by their usual names; what looks like one and is not taken is named. Nothing in the fleet is changed. When
+    the fleet has grown, `--add` adds what is new to the configuration, and leaves what you have edited as it is.
 
     Example: `backup-worker init --from ~/agents && backup-worker backup --tier weekly`
     """
     from backup_worker.discovery import starter
 
-    survey = _discover(fleet, directory) if fleet is not None else None
+    if add and (fleet is None or force):
+        raise UsageError(
+            "--add goes with --from, and without --force",
+            hint="name the folder that holds the agents with --from",
+        )
+    survey = _discover(fleet, directory, _known(directory) if add else {}) if fleet is not None else None
     found = survey.agents if survey is not None else []
-    files = starter.contents(directory, found, starter.machine_zone(os.environ))
-    written = starter.write(directory, files, force=force)
+    if add:
+        files = starter.with_more(directory, found, os.environ) if found else {}
+    else:
+        files = starter.contents(directory, found, starter.machine_zone(os.environ))
+    written = starter.write(directory, files, force=force or add)
     result = {
         "written": [str(path) for path in written],
         "agents": [one.as_json() for one in found],
@@ -79,15 +96,22 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _discover(fleet: Path, directory: Path) -> Survey:
+def _known(directory: Path) -> dict[str, Path]:
+    """Return the roots of the agents that the configuration holds. Raises `ConfigError`."""
+    from backup_worker.config import load
+
+    return {name: agent.root for name, agent in load(directory).agents.items()}
+
+
+def _discover(fleet: Path, directory: Path, known: Mapping[str, Path]) -> Survey:
     from backup_worker.discovery.fleet import discover
 
     if not fleet.is_dir():
         raise UsageError(
             f"there is no folder “{fleet}”", hint="--from takes the folder that holds the agents"
         )
-    survey = discover(Path(os.path.abspath(fleet)), _ours(directory))
-    if not survey.agents:
+    survey = discover(Path(os.path.abspath(fleet)), _ours(directory), known)
+    if not survey.agents and not known:
         for one in survey.passed_over:
             fail(f"{one.path} {one.why}")
         raise NotFound(
@@ -111,6 +135,9 @@ def _ours(directory: Path) -> list[Path]:
 def _print_init(directory: Path, written: list[Path], survey: Survey | None, fleet: Path | None) -> None:
     if survey is not None and fleet is not None:
         _print_survey(survey, Path(os.path.abspath(fleet)))
+    if not written:
+        typer.echo(f"nothing to add: {directory / 'agents.json'} has every agent that was found")
+        return
     typer.echo(f"written into {directory}: {', '.join(path.name for path in written)}")
     typer.echo("\nNext:")
     option = "" if directory == DEFAULT_CONFIG else f" --config {directory}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ _PREFIX = re.compile(r"(?:agent|workspace)[-_.](?=.)", re.IGNORECASE)
 _NO_LIVING = re.compile(
     r"(?:^|[-_. ])(?:archived?|backups?|bak|copy|examples?|old|samples?|templates?|trash)(?:$|[-_. ])", re.I
 )
+
+
+_NOBODY: Mapping[str, Path] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +71,19 @@ class _Seen:
     unreadable: list[Path]
 
 
-def discover(fleet: Path, ours: Collection[Path] = ()) -> Survey:
+def discover(fleet: Path, ours: Collection[Path] = (), known: Mapping[str, Path] = _NOBODY) -> Survey:
     """Return an agent for `fleet` and every folder below it that holds a SOUL.md, by their paths.
 
-    Repositories hold copies, not agents, and are left out; so are the folders `ours` (evidence holds copies too).
+    Repositories hold copies, not agents, and are left out; so are the folders `ours` (evidence holds copies too), and
+    the agents that are `known`: their roots by their ids.
     """
     seen = _walk(fleet, ours)
-    taken: set[str] = set()
+    taken = {name.lower() for name in known}
+    theirs = {os.path.realpath(root) for root in known.values()}
     agents = []
     for root in seen.roots:
+        if os.path.realpath(root) in theirs:
+            continue
         name = _agent_id(root, fleet, taken)
         taken.add(name.lower())
         inner = [

@@ -19,6 +19,7 @@ from backup_worker.config import (
     DEFAULT_TIERS,
     SCHEDULE_FILE,
     from_contents,
+    load,
     schema_name,
     schemas,
 )
@@ -75,6 +76,21 @@ def contents(directory: Path, found: Sequence[Found], zone: str) -> dict[str, st
     return files
 
 
+def with_more(directory: Path, found: Sequence[Found], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the text of agents.json with the agents `found` behind those that stand in it, as they were edited.
+
+    The ids of `found` are not taken. Raises `ConfigError` if there is no configuration to add to, or if it would not
+    hold together with them.
+    """
+    load(directory, environ=environ)
+    standing = {name: (directory / name).read_bytes() for name in (SCHEDULE_FILE, AGENTS_FILE)}
+    agents = json.loads(standing[AGENTS_FILE])
+    agents["agents"] |= {one.agent: _agent(one) for one in found}
+    text = _text(agents)
+    from_contents(directory, {**standing, AGENTS_FILE: text.encode()}, environ=environ)
+    return {AGENTS_FILE: text}
+
+
 def write(directory: Path, files: Mapping[str, str], *, force: bool = False) -> list[Path]:
     """Write the files into `directory`, made if need be; return their paths.
 
@@ -85,7 +101,7 @@ def write(directory: Path, files: Mapping[str, str], *, force: bool = False) -> 
         names = ", ".join(path.name for path in taken)
         raise UsageError(
             f"“{directory}” has a configuration already: {names}",
-            hint="name another folder, or replace these files with --force",
+            hint="name another folder, add what it lacks with --add, or replace these files with --force",
         )
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():

@@ -23,10 +23,10 @@ NOW = 1795441803.0
 UNREACHABLE = "redis://:hunter2@127.0.0.1:1/0"
 
 
-def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {
         key: value for key, value in os.environ.items() if key not in ("REDIS_URL", "BACKUP_CONFIG")
-    }
+    } | more
     return subprocess.run(
         [PROGRAM, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -120,6 +120,39 @@ def test_init_leaves_an_edited_configuration_alone(started: Path) -> None:
     assert run("init", "--from", "fleet", "--force", cwd=started).returncode == 0
 
 
+def test_init_adds_the_agents_that_are_new_and_changes_nothing_else(started: Path) -> None:
+    edit(started, config.AGENTS_FILE, lambda d: d["agents"]["z"].update(root="${HERE}/z", critical=True))
+    before = json.loads((started / "config" / config.AGENTS_FILE).read_text())
+    schedule = (started / "config" / config.SCHEDULE_FILE).read_bytes()
+    for newer in ("fleet/jay", "fleet/other/z"):
+        (started / newer).mkdir(parents=True)
+        (started / newer / "SOUL.md").write_text("I am new\n")
+    done = run("init", "--from", "fleet", "--add", cwd=started, HERE=str(started / "fleet"))
+    assert (done.returncode, done.stderr) == (0, "")
+    after = json.loads((started / "config" / config.AGENTS_FILE).read_text())
+    assert {name: after["agents"].pop(name)["root"] for name in ("jay", "other-z")} == {
+        "jay": str(started / "fleet/jay"), "other-z": str(started / "fleet/other/z"),
+    }  # fmt: skip
+    assert after == before
+    assert (started / "config" / config.SCHEDULE_FILE).read_bytes() == schedule
+
+
+def test_init_says_that_there_is_nothing_to_add_and_writes_nothing(started: Path) -> None:
+    before = (started / "config" / config.AGENTS_FILE).read_bytes()
+    done = run("init", "--from", "fleet", "--add", cwd=started)
+    assert (done.returncode, "nothing to add" in done.stdout) == (0, True)
+    assert (started / "config" / config.AGENTS_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options", [["--add"], ["--add", "--from", "fleet"], ["--add", "--from", "fleet", "--force"]]
+)
+def test_init_adds_only_to_a_configuration_that_stands(fleet: Path, options: list[str]) -> None:
+    done = run("init", *options, cwd=fleet.parent)
+    assert done.returncode == 2
+    assert not (fleet.parent / "config").exists()
+
+
 @pytest.mark.parametrize(("fleet_name", "code"), [("nowhere", 2), ("empty", 4)])
 def test_init_without_agents_writes_nothing(tmp_path: Path, fleet_name: str, code: int) -> None:
     (tmp_path / "empty").mkdir()
@@ -174,7 +207,10 @@ def test_doctor_sees_a_program_that_is_not_there(started: Path) -> None:
 
 def test_doctor_says_what_a_missing_start_means(fleet: Path) -> None:
     propose(fleet)
-    assert checks(fleet.parent)["start of z"].status == "warn"
+    found = checks(fleet.parent)
+    assert found["start of z"].status == "warn"
+    assert '["em-bridge", "run", "z", ' in str(found["start of z"].mend)
+    assert '["em-bridge", "em"]' in str(found["start of em"].mend)
 
 
 def test_a_fleet_without_an_execution_manager_is_told_that_nobody_notices_deaths(started: Path) -> None:

@@ -183,8 +183,9 @@ class _HealedIntermediateQueue(IntermediateQueue):
 
     def cleanup(self, worker: BaseWorker, queue: Queue) -> None:
         """Put back what lies here for longer than `STUCK_AFTER_S` and that nobody runs."""
-        running = set(queue.started_job_registry.get_job_ids(cleanup=False))
-        for job_id in self.get_job_ids():
+        found = self.get_job_ids()
+        running = set(queue.started_job_registry.get_job_ids(cleanup=False)) if found else ()
+        for job_id in found:
             if job_id in running:
                 continue
             try:

@@ -12,6 +12,7 @@ from backup_worker.approval import changes
 from backup_worker.config import ConfigWatch
 from backup_worker.dispatcher import Dispatcher
 from backup_worker.services import Scheduler
+from backup_worker.worker import make_worker
 from em_bridge import streams
 from em_bridge.connection import connect
 from em_bridge.events import ConfigApplied
@@ -61,3 +62,14 @@ def test_an_idle_dispatcher_asks_four_things_a_second(valkey: ValkeyServer) -> N
         one.step(block_ms=1)
     # The lengths of three queues and one reading each; claims come once a second.
     assert calls(client) - before <= 10 * 4 + 8
+
+
+def test_an_idle_worker_asks_four_things_between_two_cleanings(valkey: ValkeyServer) -> None:
+    client = valkey.client()
+    one = make_worker("backup", client, lambda job, error: None)
+    one.run_maintenance_tasks()
+    before = calls(client)
+    for _ in range(10):
+        one.run_maintenance_tasks()
+    # The lock and its release, what runs and has expired, what lies between queue and worker.
+    assert calls(client) - before <= 10 * 4 + 1

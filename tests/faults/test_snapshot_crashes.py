@@ -13,7 +13,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.repository import INDEX
 from tests.agent_on_disk import NOON, Place, content_of, coreutils_proves
 from tests.faults.act import act
+from tests.small_disk import fill, small_disk
 from tests.tools import needs
 
 CALLS = (
@@ -358,24 +359,16 @@ def test_a_failing_disk_leaves_nothing_half(tmp_path: Path, operation: str, erro
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    mount = tmp_path / "small"
-    mount.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small file system needs root")
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", str(mount)], check=False
-    )
-    if done.returncode != 0:
-        pytest.skip("this machine does not let us mount")
-    return mount
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "small") as mount:
+        yield mount
 
 
-def test_a_really_full_disk_leaves_the_earlier_snapshots_and_can_be_pruned(small_disk: Path) -> None:
+def test_a_really_full_disk_leaves_the_earlier_snapshots_and_can_be_pruned(disk: Path) -> None:
     from backup_worker.snapshots import NoSpace, Repository, take_snapshot
 
-    place = Place(small_disk.parent).fill()
-    repo = Repository(small_disk / "repo")
+    place = Place(disk.parent).fill()
+    repo = Repository(disk / "repo")
 
     def take(number: int) -> None:
         place.write("memory/big.bin", os.urandom(300_000))
@@ -384,50 +377,39 @@ def test_a_really_full_disk_leaves_the_earlier_snapshots_and_can_be_pruned(small
             reason="test",
         )  # fmt: skip
 
-    try:
-        number = 0
-        with pytest.raises(NoSpace):
-            for number in range(20):
-                take(number)
-        whole = [head.slot for head in repo.snapshots()]
-        assert whole == [f"s{n}" for n in range(number)]
-        assert len(whole) > 3
-        assert all(verify_snapshot(repo, head.id, NOON) == [] for head in repo.snapshots())
-        assert os.listdir(repo.hidden / "staging") == []
-        filler = small_disk / "filler"
-        with pytest.raises(OSError, match="space"), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        from backup_worker.snapshots import Policy, plan_prune, prune
+    number = 0
+    with pytest.raises(NoSpace):
+        for number in range(20):
+            take(number)
+    whole = [head.slot for head in repo.snapshots()]
+    assert whole == [f"s{n}" for n in range(number)]
+    assert len(whole) > 3
+    assert all(verify_snapshot(repo, head.id, NOON) == [] for head in repo.snapshots())
+    assert os.listdir(repo.hidden / "staging") == []
+    filler = fill(disk)
+    from backup_worker.snapshots import Policy, plan_prune, prune
 
-        deleted = prune(repo, plan_prune(repo, {"daily": Policy(2)}, now=NOON + 99))
-        assert len(deleted) == number - 2
-        filler.unlink()
-        take(50)
-    finally:
-        subprocess.run(["umount", str(small_disk)], check=True)
+    deleted = prune(repo, plan_prune(repo, {"daily": Policy(2)}, now=NOON + 99))
+    assert len(deleted) == number - 2
+    filler.unlink()
+    take(50)
 
 
-def test_a_real_mount_point_as_root_is_restored_inside(small_disk: Path) -> None:
+def test_a_real_mount_point_as_root_is_restored_inside(disk: Path) -> None:
     from backup_worker.snapshots import AgentFiles, Repository, execute, plan_restore, take_snapshot
 
-    try:
-        (small_disk / "memory").mkdir()
-        (small_disk / "memory" / "a.txt").write_text("first")
-        (small_disk / "SOUL.md").write_text("me")
-        agent = AgentFiles("z", small_disk, {}, (), ())
-        repo = Repository(small_disk.parent / "repo")
-        take_snapshot(
-            repo, agent, tier="daily", slot="s", include=["*"], unchanged="copy", now=NOON, reason="test"
-        )
-        before = content_of(small_disk)
-        (small_disk / "SOUL.md").write_text("poisoned")
-        (small_disk / "memory" / "b.txt").write_text("new")
-        result = execute(
-            plan_restore(repo, agent), small_disk, evidence=small_disk.parent / "evidence", now=NOON
-        )
-        assert content_of(small_disk) == before
-        assert result.evidence is not None
-        assert content_of(result.evidence)["SOUL.md"] == b"poisoned"
-    finally:
-        subprocess.run(["umount", str(small_disk)], check=True)
+    (disk / "memory").mkdir()
+    (disk / "memory" / "a.txt").write_text("first")
+    (disk / "SOUL.md").write_text("me")
+    agent = AgentFiles("z", disk, {}, (), ())
+    repo = Repository(disk.parent / "repo")
+    take_snapshot(
+        repo, agent, tier="daily", slot="s", include=["*"], unchanged="copy", now=NOON, reason="test"
+    )
+    before = content_of(disk)
+    (disk / "SOUL.md").write_text("poisoned")
+    (disk / "memory" / "b.txt").write_text("new")
+    result = execute(plan_restore(repo, agent), disk, evidence=disk.parent / "evidence", now=NOON)
+    assert content_of(disk) == before
+    assert result.evidence is not None
+    assert content_of(result.evidence)["SOUL.md"] == b"poisoned"

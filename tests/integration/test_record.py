@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from backup_worker.history import History, kept
 from tests.integration.conftest import ValkeyServer
 from tests.living_fleet import Fleet
+from tests.small_disk import fill, small_disk
 from tests.small_fleet import SmallFleet
 
 pytestmark = pytest.mark.valkey
@@ -55,6 +57,33 @@ def test_a_recovery_goes_its_way_while_the_record_cannot_be_written(fleet: Fleet
     assert (report.ok, report.lines) == (True, before + waiting)
     steps = [line["step"] for line in fleet.history("recovery")]
     assert steps == [*(step.step for step in incident.steps), "recovered"]
+
+
+def test_a_recovery_goes_its_way_while_the_disk_of_the_record_is_really_full(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "small", "128k") as disk:
+        file = tmp_path / "config" / "backup_schedule.json"
+        document = json.loads(file.read_text())
+        file.write_text(json.dumps(document | {"history": str(disk / "system-history.jsonl")}))
+        fleet.add("z")
+        fleet.backup("z")
+        record = fleet.runtime.history
+        while record.path.stat().st_size % 4096 < 3600:
+            record.append("prune", now=1.0, id="weekly/2026-W48/z")
+        filler = fill(disk)
+        # Room is left for a line or two, and for a part of the next one.
+        incident = fleet.recover("z")
+        assert incident.state == "recovered"
+        waiting = kept.waiting(fleet.client)
+        assert waiting > 0
+        assert kept.write(fleet.client, record, time.time()) == 0
+        filler.unlink()
+        assert kept.write(fleet.client, record, time.time()) == waiting
+        report = record.verify()
+        assert report.ok, report.problem
+        steps = [line["step"] for line in fleet.history("recovery")]
+        assert steps == [*(step.step for step in incident.steps), "recovered"]
 
 
 def test_many_processes_on_a_full_disk_lose_no_line_and_keep_their_order(

@@ -64,7 +64,6 @@ class Agent:
         self._inbox: Inbox | None = None
         self._wake = threading.Event()
         self._stop = threading.Event()
-        self._drained = threading.Event()
         self._sender = threading.Thread(target=self._send_all, name=f"sender-{name}", daemon=True)
 
     @property

@@ -19,7 +19,7 @@ from typing import Final
 import redis
 
 from em_bridge.errors import LeaseLost
-from em_bridge.scripts import FENCE, Script
+from em_bridge.scripts import Script
 
 # KEYS: lease, epoch. ARGV: holder, time to live in ms, a holder that is known to be gone (or empty).
 # A lost epoch key starts again from the clock, not from 1: an epoch must never come back. So it must not be lost by a
@@ -158,4 +158,4 @@ def _started(pid: int) -> str | None:
     return None if fields[0] in ("Z", "X") else fields[_STAT_AFTER_NAME]
 
 
-__all__ = ["FENCE", "Lease", "epoch_key", "new_holder", "process_is_gone"]
+__all__ = ["Lease", "epoch_key", "new_holder", "process_is_gone"]

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from backup_worker.snapshots import Repository, Scope, SnapshotError, disk
 from backup_worker.snapshots.disk import Tree
@@ -158,8 +158,3 @@ class ApprovedStates:
             wanted = {held.sha256 for held in state.files.values()} | {_STATE}
             for name in kept - wanted:
                 tree.remove(name)
-
-
-def as_rows(state: ApprovedState) -> list[dict[str, Any]]:
-    """Return the state as rows for `--json`."""
-    return [{"path": path, **asdict(held)} for path, held in state.files.items()]

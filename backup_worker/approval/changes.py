@@ -371,16 +371,3 @@ def last_at(change: Change) -> float:
 def _first_at(change: Change) -> float:
     decided_at = change.decisions[0].at if change.decisions else None
     return change.proposed_at or decided_at or change.applied_at or 0.0
-
-
-def approved_since(client: Redis, rules: Rules, agent: str, since: float) -> list[Change]:
-    """Return the approved and applied changes of `agent` that were applied after `since` (Unix seconds), in order.
-
-    `proposed` holds the content of each, by path, where it was proposed with its content.
-    """
-    mine = [
-        one
-        for one in all_changes(client, rules, agent)
-        if one.decision == APPROVED and (one.applied_at or 0.0) > since
-    ]
-    return sorted(mine, key=lambda one: (one.applied_at or 0.0, one.change))

@@ -52,11 +52,6 @@ def follow(lines: Iterable[bytes], start: Link = Link()) -> Iterator[Link | Brok
         yield behind
 
 
-def first_fault(lines: Iterable[bytes], start: Link = Link()) -> Broken | None:  # noqa: B008  # frozen
-    """Return what breaks the chain behind `start` first, None if nothing does."""
-    return next((one for one in follow(lines, start) if isinstance(one, Broken)), None)
-
-
 def unproven(noted: Head | None, last: Link) -> tuple[str, ...]:
     """Return what stays without proof, in words."""
     if noted is None:

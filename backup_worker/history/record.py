@@ -18,7 +18,6 @@ import fcntl
 import logging
 import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -73,7 +72,6 @@ class History:
         self._lock_timeout_s = lock_timeout_s
         self._max_bytes = max_bytes
         self._head_file = head_file
-        self._threads = threading.Lock()
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -94,8 +92,7 @@ class History:
         if not contents:
             return []
         try:
-            # The kernel's lock is asked for again and again; threads of this process need not wait like that.
-            with self._threads, self._locked() as file:
+            with self._locked() as file:
                 written = self._append(file, contents)
                 self._note_head(written)
                 return written

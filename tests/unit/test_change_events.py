@@ -182,20 +182,6 @@ def test_a_second_run_of_the_same_event_says_the_same(house: House) -> None:
     assert len([one for one in house.fleet.history("change") if one["event"] == "config.applied"]) == 1
 
 
-def test_approved_changes_newer_than_a_state_are_told_with_their_content(house: House) -> None:
-    for change, content in (("c1", NEW), ("c2", OTHER)):
-        house.propose(content, change=change)
-        house.approve(change)
-        house.write(content)
-        house.apply(change)
-    rules = approvals.rules(house.runtime.config)
-    first = changes.get(house.client, "c1", rules).applied_at
-    assert first is not None
-    newer = changes.approved_since(house.client, rules, "Z", first)
-    assert [(one.change, one.proposed) for one in newer] == [("c2", {WEIGHTS: OTHER})]
-    assert len(changes.approved_since(house.client, rules, "z", first - 1)) == 2
-
-
 # ── the watch ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -9,13 +9,13 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from backup_worker.history import ORIGIN, History, Link
-from backup_worker.history.chain import Broken, first_fault, follow
+from backup_worker.history.chain import Broken, follow
 from backup_worker.history.head import Head, noted
 
 LINES = 200
@@ -48,6 +48,11 @@ def links(whole: list[bytes]) -> list[Link]:
     found = [Link(), *follow(whole)]
     assert len(found) == LINES + 1
     return [one for one in found if isinstance(one, Link)]
+
+
+def first_fault(lines: Iterable[bytes], start: Link) -> Broken | None:
+    """Return what breaks the chain behind `start` first, None if nothing does."""
+    return next((one for one in follow(lines, start) if isinstance(one, Broken)), None)
 
 
 def broken_at(data: bytes, rest: Iterator[bytes], start: Link) -> Broken | None:

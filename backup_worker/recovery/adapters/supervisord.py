@@ -18,7 +18,7 @@ from backup_worker.recovery import launch
 from backup_worker.recovery.adapters.local_http import connection_to, without_password
 from backup_worker.recovery.adapters.supervised import ANSWER_WITHIN_S, AdapterError, Supervised, Word
 
-STOPPED, STARTING, RUNNING, BACKOFF, STOPPING, EXITED, FATAL = 0, 10, 20, 30, 40, 100, 200
+STOPPED, BACKOFF, EXITED, FATAL = 0, 30, 100, 200
 DOWN = frozenset({STOPPED, EXITED, FATAL})
 """The other states (`UNKNOWN` too) are not known to be down. See http://supervisord.org/subprocess.html."""
 

@@ -145,8 +145,14 @@ def test_an_escalation_reaches_the_person_who_takes_it(fleet: Fleet, page: Page)
         file.write("".join(f"line {number}\n" for number in range(1, 50)) + "and this just now\n")
     # The log is live, and its newest line is in sight.
     expect(log).to_contain_text("and this just now")
-    shown = log.evaluate("found => [found.scrollHeight > found.clientHeight, found.scrollTop]")
-    assert shown == [True, 0], "from the bottom"
+    in_sight = log.evaluate(
+        """found => { const end = document.createRange();
+                      const text = found.firstChild.firstChild; end.setStart(text, text.length - 1);
+                      end.setEnd(text, text.length);
+                      return [found.scrollHeight > found.clientHeight,
+                              end.getBoundingClientRect().bottom <= found.getBoundingClientRect().bottom]; }"""
+    )
+    assert in_sight == [True, True]
     with page.expect_download() as started:
         page.get_by_role("link", name="Download the evidence").click()
     assert started.value.failure() is None

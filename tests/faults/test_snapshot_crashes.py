@@ -306,6 +306,32 @@ def test_a_backup_of_a_large_file_struck_anywhere_leaves_only_whole_snapshots(
     strike_everywhere("backup", tmp_path, inject, judge, sample=6, prepared=prepare_large)
 
 
+def prepare_large_lost(base: Path) -> Place:
+    place = prepare(base)
+    place.write("memory/large.bin", bytes(range(1, 251)) * (large.FROM_BYTES // 250 + 1))
+    place.take(slot="s4", now=NOON + 4, unchanged="link")
+    place.write("memory/large.bin", "wiped")
+    return place
+
+
+@pytest.mark.parametrize("inject", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
+def test_a_restore_of_a_large_file_struck_anywhere_leaves_the_old_or_the_new_tree(
+    tmp_path: Path, inject: str
+) -> None:
+    old = content_of(prepare_large_lost(tmp_path / "old").root)
+
+    def judge(place: Place, code: int, said: str) -> None:
+        assert code in ((0, -9, 137) if "KILL" in inject else (0, 3)), said
+        assert "Traceback" not in said
+        new = old | {"memory/large.bin": place.stored("daily/s4/z", "memory/large.bin").read_bytes()}
+        assert content_of(place.root) in (old, new), "neither the old nor the new tree"
+        act("restore", place)
+        assert content_of(place.root) == new
+        only_whole_snapshots(place)
+
+    strike_everywhere("restore", tmp_path, inject, judge, sample=3, prepared=prepare_large_lost)
+
+
 def prepare_rot(base: Path) -> Place:
     place = prepare(base)
     place.take(tier="weekly", slot="w", now=NOON - 1)

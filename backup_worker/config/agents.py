@@ -222,7 +222,7 @@ class AgentConfig(Model):
     exclude: list[Pattern] = Field(
         default_factory=list,
         title="list of patterns",
-        description="What is never backed up nor replaced by a restore.",
+        description="What is never backed up nor replaced by a restore; outboxes (`*.outbox`) never are.",
         examples=[["**/__pycache__/**", "*.lock", "*.sock", "*.pid"]],
     )
     start: Start | None = Field(

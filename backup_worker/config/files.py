@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SCHEDULE_FILE = "backup_schedule.json"
 NOTICES = ("/RECOVERY.md", "/.RECOVERY.md.new")
 """What a recovery leaves for the agent in its root; see `backup_worker.recovery.notice`."""
+OUTBOXES = ("*.outbox", "*.outbox-shm", "*.outbox-wal", "*.outbox.lock")
+"""What an agent has yet to say; see `em_bridge.outbox`."""
 
 AGENTS_FILE = "agents.json"
 
@@ -67,7 +69,8 @@ class Config:
     def files_of(self, name: str) -> AgentFiles:
         """Return what the snapshot engine needs to know about an agent; `NotFound` if there is none of that name.
 
-        Our own notice of a recovery is never part of it, else the next state would differ by it.
+        Our own notice of a recovery is never part of it, else the next state would differ by it; nor is an outbox,
+        else a restore would take back what an agent was promised to be delivered.
         """
         from backup_worker.snapshots import AgentFiles, Hook
 
@@ -75,7 +78,7 @@ class Config:
             return Hook(tuple(wanted.command), wanted.timeout) if wanted is not None else None
 
         agent = self.agent(name)
-        exclude = [*agent.exclude, *NOTICES]
+        exclude = [*agent.exclude, *NOTICES, *OUTBOXES]
         return AgentFiles(
             name=name, root=agent.root, files=agent.files, required=agent.required, exclude=exclude,
             before_backup=hook(agent.before_backup), after_backup=hook(agent.after_backup),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from backup_worker.recovery.incident import CURRENT, ESCALATED, RECOVERED
+from em_bridge.outbox import Outbox
 from tests.living_fleet import Fleet, steps, wait_for
 
 
@@ -28,6 +29,18 @@ def test_a_wiped_agent_comes_back_equal_to_its_backup_and_what_stood_there_is_ke
     assert f"pid {pid}" in kept.with_name("tree-1.log").read_text()
     assert len(fleet.running("z")) == 1
     assert fleet.alerts() == []
+
+
+def test_what_an_agent_has_yet_to_say_survives_its_restore(fleet: Fleet) -> None:
+    fleet.add("z")
+    with Outbox(fleet.root("z") / "z.outbox", "z"):
+        fleet.backup("z")
+    with Outbox(fleet.root("z") / "z.outbox", "z") as outbox:
+        outbox.put("jay", b"my last words")
+    fleet.wipe("z")
+    assert fleet.recover("z").state == RECOVERED
+    with Outbox(fleet.root("z") / "z.outbox", "z") as outbox:
+        assert [one.payload for one in outbox.batch()] == [b"my last words"]
 
 
 def test_a_state_that_dies_at_its_start_gives_way_to_the_next_older_one(fleet: Fleet) -> None:

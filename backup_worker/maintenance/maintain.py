@@ -24,6 +24,10 @@ LAG_ALERT_S = 60.0
 WATCHED_AT = "backup:watched-at"
 """Key: when `watch` last looked at everything, Unix seconds. If it gets old, the scheduler alerts."""
 
+DEAD_LETTERS = "dead-letter"
+TOLD_LETTER = "backup:dead-letter-told"
+"""Key: the newest dead letter that the alert told of."""
+
 STREAMS = (streams.AGENT_STATE, streams.CONFIG_CHANGE, due.STREAM, streams.DEAD_LETTER)
 
 
@@ -89,16 +93,20 @@ def _let_go(runtime: Runtime, overdue: Mapping[tuple[str, str], schedule.Due]) -
 
 
 def _tell_of_dead_letters(runtime: Runtime) -> int:
-    """Alert each newest dead letter, and let go of what was trimmed from the stream; return how many there are."""
+    """Alert that there are dead letters, anew if one came behind an acknowledgement; return how many there are."""
     letters = int(runtime.redis.xlen(streams.DEAD_LETTER))
     last = streams.last_id(runtime.redis, streams.DEAD_LETTER)
-    for alert in alerts.open_alerts(runtime.redis):
-        kind, _, entry = alert.key.partition("/")
-        if kind == "dead-letter" and not runtime.redis.xrange(streams.DEAD_LETTER, entry, entry):
-            runtime.resolve(alert.key)
+    told: Any = runtime.redis.get(TOLD_LETTER)
+    is_news = streams.id_order(last) > streams.id_order((told or b"0-0").decode())
+    seen = any(
+        alert.key == DEAD_LETTERS and alert.acknowledged_at for alert in alerts.open_alerts(runtime.redis)
+    )
+    if not letters or (seen and is_news):
+        runtime.resolve(DEAD_LETTERS)
     if letters:
         body = f"{letters} events could not be handled; the last one is {last} on “{streams.DEAD_LETTER}”"
-        runtime.alert(f"dead-letter/{last}", "warning", "there are dead letters", body)
+        runtime.alert(DEAD_LETTERS, "warning", "there are dead letters", body)
+        runtime.redis.set(TOLD_LETTER, last)
     return letters
 
 

@@ -176,18 +176,35 @@ def dead_letter(client: Any, at: float) -> str:
     return append(client, streams.dead_letter("em:due", "1-1", "why", {}, at), at)
 
 
-def test_each_newest_dead_letter_alerts_also_after_an_acknowledgement(runtime: Runtime, client: Any) -> None:
+def test_a_dead_letter_that_came_behind_an_acknowledgement_alerts_anew(runtime: Runtime, client: Any) -> None:
     for agent in ("z", "jay"):
         make(runtime, agent, "2026-11-23", SEVEN)
-    first = dead_letter(client, SEVEN)
+    dead_letter(client, SEVEN)
     maintain.run(runtime, "watch", now=SEVEN + 1)
-    alerts.acknowledge(client, f"dead-letter/{first}", "kari", SEVEN + 2)
+    alerts.acknowledge(client, "dead-letter", "kari", SEVEN + 2)
+    maintain.run(runtime, "watch", now=SEVEN + 2)
+    (known,) = alerts.open_alerts(client)
+    assert known.acknowledged_by == "kari"
     second = dead_letter(client, SEVEN + 3)
     maintain.run(runtime, "watch", now=SEVEN + 4)
-    assert open_keys(client) == [f"dead-letter/{first}", f"dead-letter/{second}"]
+    (news,) = alerts.open_alerts(client)
+    assert (news.key, news.acknowledged_by) == ("dead-letter", None)
+    assert second in news.body
     client.delete(streams.DEAD_LETTER)  # trimmed at the end of its time
     maintain.run(runtime, "watch", now=SEVEN + 5)
     assert open_keys(client) == []
+
+
+def test_one_broken_agent_opens_one_alert_however_many_letters_it_makes(
+    runtime: Runtime, client: Any
+) -> None:
+    # Each minute's letter used to open an alert of its own, which stayed for as long as the letter: a month.
+    for minute in range(3):
+        last = dead_letter(client, SEVEN + 60 * minute)
+        maintain.run(runtime, "watch", now=SEVEN + 60 * minute + 1)
+    (told,) = (alert for alert in alerts.open_alerts(client) if alert.key.startswith("dead-letter"))
+    assert (told.key, told.count) == ("dead-letter", 3)
+    assert told.body.startswith("3 events") and last in told.body
 
 
 def test_an_unknown_task_is_refused(runtime: Runtime) -> None:

@@ -19,7 +19,7 @@ from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Head
 from em_bridge import streams
-from em_bridge.monitor import read_record
+from em_bridge.monitor import read_states
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -46,7 +46,7 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
     overdue = lookout.missing_backups(runtime, now, heads)
     stale = lookout.stale_backups(config, heads, now)
     undrilled = drill.overdue(config, runtime.repository, heads, now)
-    states = _states(runtime.client) if runtime.client is not None else {}
+    states = read_states(runtime.client) if runtime.client is not None else {}
     agents = []
     for agent in config.agents:
         tiers = {}
@@ -60,7 +60,8 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
                 "stale": (name, agent) in stale,
             }
         drilled = _drilled(runtime, agent, now) | {"overdue": agent in undrilled}
-        agents.append({"agent": agent, "state": states.get(agent.lower()), "tiers": tiers, "drill": drilled})
+        state = states.get(agent.lower(), {}).get("state")
+        agents.append({"agent": agent, "state": state, "tiers": tiers, "drill": drilled})
     result: dict[str, Any] = {
         "at": now,
         "agents": agents,
@@ -93,13 +94,6 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
 def is_late(facts: dict[str, Any]) -> bool:
     """Tell whether a backup, the proof of a restore or a verification is overdue in what `overview` returned."""
     return bool(facts["overdue"] or facts["stale"] or facts["drills_overdue"] or facts["scrub"]["overdue"])
-
-
-def _states(client: Redis) -> dict[str, str]:
-    """Return how the EM's monitor judges each agent it knows, by lower-case id: ALIVE, DEGRADED or DEAD."""
-    stored: Any = client.hgetall(streams.STATES)
-    records = {name.decode(errors="replace").lower(): read_record(record) for name, record in stored.items()}
-    return {name: record["state"] for name, record in records.items() if "state" in record}
 
 
 def _drilled(runtime: Runtime, agent: str, now: float) -> dict[str, Any]:

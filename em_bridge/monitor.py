@@ -260,6 +260,12 @@ def read_record(raw: bytes | None) -> dict[str, Any]:
     return {key: record[key] for key, shape in shapes.items() if isinstance(record.get(key), shape)}
 
 
+def read_states(client: redis.Redis) -> dict[str, dict[str, Any]]:
+    """Return the record of each agent, as `read_record` does, by its id in lower case."""
+    stored = cast(dict[bytes, bytes], client.hgetall(STATES))
+    return {name.decode("utf-8", "replace").lower(): read_record(raw) for name, raw in stored.items()}
+
+
 def _unpacked(raw: bytes) -> Mapping[Any, Any]:
     try:
         found = msgpack.unpackb(raw, strict_map_key=False)
@@ -277,4 +283,4 @@ def _event(change: Transition) -> AgentState:
     return AgentState(change.agent, change.state, change.reason, change.at, change.incarnation)
 
 
-__all__ = ["Detector", "Monitor", "Transition", "read_record", "write_record"]
+__all__ = ["Detector", "Monitor", "Transition", "read_record", "read_states", "write_record"]

@@ -19,12 +19,12 @@ import redis.exceptions
 from flask import Blueprint, Flask, Response, abort, current_app, g, request
 
 from backup_worker import alerts, due
-from backup_worker.console import fleet
 from backup_worker.console.shelf import stamp
 from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.snapshots import Repository
 from em_bridge import clock, streams
+from em_bridge.monitor import read_states
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -151,7 +151,7 @@ def _ask(client: Redis, found: dict[str, list[Any]]) -> None:
     found[ALERTS] = [alerts.open_alerts(client)]
     found[INCIDENTS] = [(one.id, one.version) for one in IncidentStore(client).open_incidents()]
     # A state is rewritten with every beat; only this much of it says how the agent is.
-    states = fleet.read_states(client)
+    states = read_states(client)
     found[FLEET] += [(name, one.get("state"), one.get("since")) for name, one in sorted(states.items())]
     found[FLEET].append(breakers.stored(client))
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import msgpack
-
 from backup_worker import alerts, hosts, proofs, queues, schedule
 from backup_worker.config import AgentConfig, Tier
 from backup_worker.console.beats import Bars
@@ -17,6 +15,7 @@ from backup_worker.console.live import View
 from backup_worker.maintenance import lookout
 from backup_worker.recovery.incident import Incident, IncidentStore
 from em_bridge import streams
+from em_bridge.monitor import read_states
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -106,12 +105,6 @@ class Fleet:
     waiting: Mapping[str, int] = field(default_factory=dict)
     lag_s: float | None = None
     dead_letters: int | None = None
-
-
-def read_states(client: Redis) -> dict[str, dict[str, Any]]:
-    """Return what the EM's monitor last wrote of each agent, by lower-case id."""
-    stored: Any = client.hgetall(streams.STATES)
-    return {name.decode().lower(): msgpack.unpackb(value) for name, value in stored.items()}
 
 
 def open_incidents(client: Redis) -> dict[str, Incident]:

@@ -9,6 +9,7 @@ import fakeredis
 import msgpack
 import pytest
 
+from backup_worker.console import create_app
 from backup_worker.runtime import Runtime
 from backup_worker.status import overview
 from em_bridge import streams
@@ -31,6 +32,16 @@ def test_the_state_is_the_monitor_s_word_whatever_the_case_of_the_name(fleet: Sm
     client.hset(streams.STATES, "z", msgpack.packb({"state": "DEAD"}))
     client.hset(streams.STATES, "jay", b"\xc1 this is no record")
     assert states(fleet, client) == {"Z": "DEAD", "jay": None, "rick": None}
+
+
+def test_a_record_that_cannot_be_read_keeps_no_page_from_the_console(fleet: SmallFleet) -> None:
+    client = fakeredis.FakeRedis()
+    client.hset(streams.STATES, "z", msgpack.packb({"state": "DEAD", "since": 1.0}))
+    client.hset(streams.STATES, "jay", msgpack.packb([1, 2]))
+    client.hset(streams.STATES, "rick", b"\xc1 this is no record")
+    client.hset(streams.STATES, b"\xff", msgpack.packb({"state": 7, "since": "now"}))
+    visitor = create_app(Runtime(fleet.config, client)).test_client()
+    assert {path: visitor.get(path).status_code for path in ("/", "/metrics")} == {"/": 200, "/metrics": 200}
 
 
 def test_without_a_server_no_state_is_guessed(fleet: SmallFleet) -> None:

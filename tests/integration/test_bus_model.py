@@ -207,7 +207,8 @@ class Bus(RuleBasedStateMachine):
     @rule()
     def the_log_is_routed_again_from_its_beginning(self) -> None:
         if self.client.exists(streams.MESSAGES):
-            self.client.xgroup_setid(streams.MESSAGES, streams.ROUTER_GROUP, "0")
+            streams.ensure_group(self.client, streams.MESSAGES, streams.ROUTER_GROUP)
+        self.client.xgroup_setid(streams.MESSAGES, streams.ROUTER_GROUP, "0")
         self.new_router()
         self.route()
         self.route()

@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
     "small": engine.small,
     "medium": engine.medium,
     "large": engine.large,
+    "one": engine.one,
     "growth": engine.growth,
     "per-file": per_file.costs,
     "startup": engine.startup,

@@ -73,7 +73,7 @@ def work(number: int, folders: list[str], source: str, target: str, first: str |
 def main(source: str, target: str, first: str | None = None) -> int:
     """Share the folders out over the processors."""
     folders = sorted(os.listdir(source))
-    count = len(os.sched_getaffinity(0))
+    count = 2 * len(os.sched_getaffinity(0))
     os.makedirs(target)
     children = []
     for number in range(count):

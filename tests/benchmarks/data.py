@@ -25,6 +25,10 @@ CLASSES = {
 }
 
 
+REST_S = 41.0
+"""A file that was written less than 40 s before is read again by the next backup."""
+
+
 @dataclass(frozen=True)
 class Fleet:
     """Folders of agents below `root`, one each."""
@@ -59,7 +63,8 @@ def make_small_files(root: Path, *, agents: int, files: int, mean_bytes: int) ->
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
             count, total = count + 1, total + len(content)
-    title = f"{agents:,} agents x {files} files ({total / 1e6:,.0f} MB)"
+    what = "agent" if agents == 1 else "agents"
+    title = f"{agents:,} {what} x {files:,} files ({total / 1e6:,.0f} MB)"
     return Fleet(title, root, names, count, total)
 
 

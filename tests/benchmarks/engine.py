@@ -16,6 +16,7 @@ import resource
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
@@ -295,6 +296,15 @@ def large(settings: Settings) -> Iterator[Table]:
     remove(fleet.root)
 
 
+def one(settings: Settings) -> Iterator[Table]:
+    """One agent with 52,000 files: what a single one takes of memory and of the processors."""
+    files = 5_200 if settings.quick else 52_000
+    fleet = data.make_small_files(settings.folder / "one", agents=1, files=files, mean_bytes=2000)
+    programs, notes = peers.install()
+    time.sleep(data.REST_S)
+    yield from _noted(_costs(settings.folder / "one-costs", fleet, makers(programs)), notes)
+
+
 def _against_all(settings: Settings, fleet: data.Fleet, *, keep: bool) -> Iterator[Table]:
     programs, notes = peers.install()
     yield from _noted(compare(settings, fleet, programs, keep=keep), notes)
@@ -308,9 +318,7 @@ def _noted(tables: Iterator[Table], notes: list[str]) -> Iterator[Table]:
 
 def growth(settings: Settings) -> Iterator[Table]:
     """One agent with 1,000 to 100,000 files, beside `cp -a` with a sync."""
-    if settings.quick:
-        return
-    sizes = (1_000, 3_000, 10_000, 30_000, 100_000)
+    sizes = (1_000, 3_000, 10_000) if settings.quick else (1_000, 3_000, 10_000, 30_000, 100_000)
     table = Table(
         "Growth with the number of files of one agent (2 kB each), full backup",
         ("files", f"{OURS} s", "cp -a + sync s", f"{OURS} is … times as fast"),

@@ -20,8 +20,6 @@ from tests.benchmarks import bare_files, data
 from tests.benchmarks.measure import OURS, Settings, Table, environment
 
 FULL, AGAIN = "full", "unchanged again"
-REST_S = 41.0
-"""A file that was written less than 40 s before is read again by the next backup."""
 
 
 def _ours(root: Path, folder: Path) -> Iterator[Callable[[], None]]:
@@ -70,7 +68,7 @@ def costs(settings: Settings) -> Iterator[Table]:
     """Yield the microseconds of processor time that each file costs."""
     agents = 50 if settings.quick else 200
     fleet = data.make_small_files(settings.folder / "per-file", agents=agents, files=52, mean_bytes=6500)
-    time.sleep(REST_S)
+    time.sleep(data.REST_S)
     least: dict[tuple[str, str], tuple[float, float]] = {}
     for number in range(settings.runs):
         for name in ("ours", "bare"):

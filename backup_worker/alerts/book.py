@@ -125,7 +125,7 @@ def resolve(client: Redis | None, key: str, *, now: float) -> bool:
     def change(known: OpenAlert | None) -> tuple[OpenAlert | None, bool]:
         if known is None or known.is_resolved:
             return known, False
-        if known.severity == "info" and known.rounds:
+        if known.severity == "info":
             return None, True
         return known.next_turn(now, resolved_at=now), True
 

@@ -226,7 +226,7 @@ def _tell(runtime: Runtime, agent: str, fresh: Mapping[str, Deviation], now: flo
     older = _is_older(runtime, agent, fresh)
     proposed = _propose(runtime, agent, fresh, change, OLDER if older else UNKNOWN)
     names = ", ".join(map(printable, sorted(fresh)))
-    mend = f"put the approved state back: backup-worker revert {agent}"
+    mend = f"Put the approved state back: backup-worker revert {agent}"
     if proposed:
         mend += f"; or look at it (backup-worker changes show {change}), and approve it"
     kept = f"It is kept as {snapshot}." if snapshot else "It could not be backed up."

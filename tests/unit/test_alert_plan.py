@@ -199,6 +199,14 @@ def test_what_is_over_before_anybody_was_told_is_told_all_the_same(history: Hist
     assert desk.until(60) == [(28, "phone [resolved] recovery/z")]
 
 
+def test_a_mere_notice_that_is_over_before_it_was_told_tells_nothing(history: History) -> None:
+    desk = Desk(history)
+    desk.raise_("change/c1", 0, "info", "z")
+    desk.resolve("change/c1", 3)
+    assert desk.until(60) == []
+    assert desk.client.hlen(book.OPEN) == 0
+
+
 def test_repetitions_that_are_due_nearly_together_are_one_message(history: History) -> None:
     desk = Desk(history, group_s=0)
     desk.raise_("missing/daily/z", 0)

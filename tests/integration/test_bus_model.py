@@ -158,9 +158,8 @@ class Bus(RuleBasedStateMachine):
 
     @rule()
     def a_router_crashes_with_messages_in_its_hands(self) -> None:
-        if self.client.exists(streams.MESSAGES):
-            streams.ensure_group(self.client, streams.MESSAGES, streams.ROUTER_GROUP)
-            self.client.xreadgroup(streams.ROUTER_GROUP, "killed", {streams.MESSAGES: ">"}, count=3)
+        streams.ensure_group(self.client, streams.MESSAGES, streams.ROUTER_GROUP)
+        self.client.xreadgroup(streams.ROUTER_GROUP, "killed", {streams.MESSAGES: ">"}, count=3)
         self.new_router()
 
     @rule(to=receivers, crash=st.booleans())
@@ -206,8 +205,7 @@ class Bus(RuleBasedStateMachine):
 
     @rule()
     def the_log_is_routed_again_from_its_beginning(self) -> None:
-        if self.client.exists(streams.MESSAGES):
-            streams.ensure_group(self.client, streams.MESSAGES, streams.ROUTER_GROUP)
+        streams.ensure_group(self.client, streams.MESSAGES, streams.ROUTER_GROUP)
         self.client.xgroup_setid(streams.MESSAGES, streams.ROUTER_GROUP, "0")
         self.new_router()
         self.route()

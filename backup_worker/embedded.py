@@ -23,9 +23,9 @@ from typing import IO
 
 import redis
 
-from backup_worker.supervisor import die_with_parent
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError
+from em_bridge.parent import die_with_parent
 
 log = logging.getLogger(__name__)
 

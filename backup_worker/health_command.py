@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backup_worker.supervisor import die_with_parent
 from em_bridge import clock
+from em_bridge.parent import die_with_parent
 
 WITHIN_S = 60.0
 OUTPUT_BYTES = 4096

@@ -8,7 +8,6 @@ that, too. If this process is killed with -9, the kernel ends its children.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -18,28 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from em_bridge import clock
+from em_bridge.parent import die_with_parent
 
 log = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
 LONGEST_PAUSE_S = 30.0
 STEADY_AFTER_S = 20.0
 """A child that lived this long counts as healthy: its next failure is answered at once again."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def die_with_parent(signum: int = signal.SIGTERM) -> Callable[[], None]:
-    """Return a `preexec_fn`: the child gets `signum` when the thread that started it ends (prctl(2))."""
-    parent = os.getpid()
-
-    def in_child() -> None:
-        _libc.prctl(PR_SET_PDEATHSIG, signum)
-        if os.getppid() != parent:
-            # The parent died before prctl took effect.
-            os._exit(1)
-
-    return in_child
 
 
 @dataclass

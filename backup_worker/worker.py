@@ -19,9 +19,7 @@ does not reach (it is stopped, or deep in foreign code) is killed `HANG_GRACE_S`
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import os
 import signal
 from collections.abc import Callable
 from types import TracebackType
@@ -38,8 +36,7 @@ from rq.worker import Worker
 
 from backup_worker import queues, retries
 from backup_worker.health import Mark
-from backup_worker.supervisor import PR_SET_PDEATHSIG
-from em_bridge import clock
+from em_bridge import clock, parent
 from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
@@ -70,8 +67,6 @@ _WAITED_OUT = (
     redis.exceptions.OutOfMemoryError,
 )
 """What RQ's worker must not see while there is hope: all but the first two would end it."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 Failure = Callable[[Job, BaseException], None]
 
@@ -185,10 +180,8 @@ class BackupWorker(Worker):
 
     def main_work_horse(self, job: Job, queue: Queue) -> None:
         """Run the job in the child that was forked for it; does not return."""
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != self.pid:
-            # The parent died before prctl took effect.
-            os._exit(1)
+        assert self.pid is not None, "RQ notes it when it makes a worker"
+        parent.bind(self.pid, signal.SIGKILL)
         super().main_work_horse(job, queue)
 
     def handle_exception(self, job: Job, *exc_info: Any) -> None:

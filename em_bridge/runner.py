@@ -8,22 +8,21 @@ a signal ended it). Redis being away never disturbs the command. Raises `UsageEr
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
 from em_bridge.connection import connect
 from em_bridge.errors import UsageError
+from em_bridge.parent import die_with_parent
 from em_bridge.pulse import Pulse
 
 HEALTH_TIMEOUT_S: Final = 10.0
-_PR_SET_PDEATHSIG: Final = 1
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -99,27 +98,13 @@ def _start(name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             list(command),
             env={"AGENT_ID": name, **os.environ},
-            preexec_fn=_bind_to_parent(os.getpid()),
+            preexec_fn=die_with_parent(signal.SIGKILL),
         )
     except OSError as error:
         raise UsageError(
             f"the command “{command[0]}” cannot be started: {(error.strerror or str(error)).lower()}",
             hint="give its full path, or put it on $PATH",
         ) from None
-
-
-def _bind_to_parent(parent: int) -> Callable[[], None]:
-    # Loaded before the fork: the child must not import anything.
-    prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None)
-
-    def bind() -> None:
-        if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                # The parent died before the line above took hold.
-                os._exit(1)
-
-    return bind
 
 
 def _attend(child: subprocess.Popen[bytes], signals: _Signals) -> None:

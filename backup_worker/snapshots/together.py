@@ -8,7 +8,6 @@ own steps changes. A work that fails does not touch the others; when the caller 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -21,6 +20,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from backup_worker.snapshots import disk
+from em_bridge.parent import bind
 
 AT_ONCE = 48
 """Works that wait for the disk together; each has about ten open files, of 1,024 that a process commonly may have."""
@@ -29,7 +29,6 @@ PROCESSES_PER_CORE = 2
 """One works while the other waits for the disk."""
 TOKENS = 8192
 """So many shares of the works fit into a pipe (64 KiB, or 32 where a user has many pipes)."""
-PR_SET_PDEATHSIG = 1
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 
 T = TypeVar("T")
@@ -206,16 +205,15 @@ def _start(
         for one in _ENDING:
             signal.signal(one, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before - _ENDING)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        bind(parent, signal.SIGKILL)
         global _is_child
         _is_child = True
-        if os.getppid() == parent:
-            # It lives for seconds and holds nothing in circles: looking for those took a tenth of its time.
-            gc.disable()
-            with open(writing, "wb", buffering=0) as pipe:
-                for number, result in run(share()):
-                    pipe.write(json.dumps([number, result]).encode("ascii") + b"\n")
-            code = 0
+        # It lives for seconds and holds nothing in circles: looking for those took a tenth of its time.
+        gc.disable()
+        with open(writing, "wb", buffering=0) as pipe:
+            for number, result in run(share()):
+                pipe.write(json.dumps([number, result]).encode("ascii") + b"\n")
+        code = 0
     except (KeyboardInterrupt, BrokenPipeError):
         code = 130
     except BaseException:  # noqa: BLE001 - a fault of ours: said here, because nobody above sees it

@@ -113,14 +113,15 @@ def incident(args: dict[str, Any]) -> dict[str, Any]:
 def restore(args: dict[str, Any]) -> dict[str, Any]:
     """Say what a restore of `agent` from the snapshot `from` would do; with a `mark` of what was said, do it.
 
-    `paths` restrict it; `by` and `reason` go on the record. A failure is a result, which whoever asked looks at.
+    `paths` restrict it; `by` and `reason` go on the record; after `until` it is not done. A failure is a result, which
+    whoever asked looks at.
     """
     runtime, order = _runtime(), Order.of_args(args)
     if passed_on := _passed_on(runtime, order.agent):
         return passed_on
     if not (mark := args.get("mark")):
         return preview(runtime, order).as_result()
-    return carry_out(runtime, order, mark, by=args["by"], reason=args["reason"])
+    return carry_out(runtime, order, mark, by=args["by"], reason=args["reason"], until=args["until"])
 
 
 def maintenance(args: dict[str, Any]) -> dict[str, Any]:

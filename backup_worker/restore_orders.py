@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from backup_worker.restores import Restore, running
 from backup_worker.snapshots import Changes, compare
 from backup_worker.snapshots.errors import printable
 from backup_worker.snapshots.together import alone
+from em_bridge import clock
 from em_bridge.errors import AgentBackupError
 
 if TYPE_CHECKING:
@@ -107,22 +109,23 @@ def _mark(order: Order, changes: Changes) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def carry_out(runtime: Runtime, order: Order, mark: str, *, by: str, reason: str) -> dict[str, Any]:
+def carry_out(
+    runtime: Runtime, order: Order, mark: str, *, by: str, reason: str, until: float = math.inf
+) -> dict[str, Any]:
     """Restore, if `order` would still do what `mark` stands for; return the result, which is on the record.
 
-    `ok` is False with an `error`, also for what has changed since it was seen (`changed`); nothing is done then.
+    `ok` is False with an `error`, also for what has changed since it was seen, and for an order that comes only after
+    `until` (Unix seconds), when nobody counts on it any more; nothing is done then. Without `files` nothing was needed.
     """
+    if clock.now() > until:
+        return {"ok": False, "error": "nobody at its host took this up in time; nothing was done"}
     seen = preview(runtime, order)
     if seen.problem:
         result: dict[str, Any] = {"ok": False, "error": seen.problem}
     elif not seen.is_needed:
         result = {"ok": True, "files": 0, "evidence": None}
     elif seen.mark != mark:
-        return {
-            "ok": False,
-            "changed": True,
-            "error": "its files have changed since this was shown; nothing was done",
-        }
+        return {"ok": False, "error": "its files have changed since this was shown; nothing was done"}
     else:
         try:
             result = alone(order.restore(runtime).work()).as_json()

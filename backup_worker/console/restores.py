@@ -31,6 +31,8 @@ WAIT_S = 3.0
 """How long a page waits for a restore; one that takes longer goes on by itself."""
 
 LOOKED_EVERY_S = 0.05
+ORDER_S = 900.0
+"""For how long an order waits for a worker of its host: a restore must not come hours later as a surprise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,9 @@ def start(tier: str, slot: str, agent: str) -> Any:
 def _start_there(here: View, order: Order, mark: str, reason: str) -> Response:
     """Have the agent's host restore it."""
     _note(here, order, reason)
-    return redirect(_address(order, _ask(here, order, mark=mark, by=g.who, reason=reason).job))
+    return redirect(
+        _address(order, _ask(here, order, mark=mark, by=g.who, reason=reason, until=here.now + ORDER_S).job)
+    )
 
 
 def _note(here: View, order: Order, reason: str) -> None:
@@ -130,14 +134,14 @@ def _note(here: View, order: Order, reason: str) -> None:
 def _tell(order: Order, result: dict[str, Any]) -> None:
     if not result["ok"]:
         flash(f"{order.agent} was not restored: {result['error']}", "bad")
-    elif result["evidence"] is None:
+    elif not result["files"]:
         flash(f"{order.agent} is in that state; there was nothing to do.", "info")
     else:
-        kept = f"What stood there is in {result['evidence']}"
-        flash(f"{order.agent} is restored: {result['files']} files. {kept}", "good")
+        kept = f" What stood there is in {result['evidence']}." if result["evidence"] else ""
+        flash(f"{order.agent} is restored: {result['files']} files.{kept}", "good")
 
 
-def _ask(here: View, order: Order, **facts: str) -> Asked:
+def _ask(here: View, order: Order, **facts: str | float) -> Asked:
     """Put a job into the queue of the agent's host, and wait a moment for what comes of it."""
     queue = queues.name_of(queues.BACKUP, hosts.elsewhere(here.config, order.agent))
     name = f"restore_{order.agent}_{secrets.token_hex(6)}"

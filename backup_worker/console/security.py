@@ -9,11 +9,13 @@ with its user's password, and after `SESSION_S`.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hmac
 import secrets
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,9 +43,10 @@ from em_bridge import clock
 SESSION_S = 12 * 3600
 COOKIE = "agent_backup_session"
 TRIES, TRIES_WINDOW_S = 5, 300.0
-"""Failed logins from one address, within so many seconds, before it has to wait."""
+"""Failed logins from one address, or under one name, within so many seconds, before it has to wait."""
 
 MAX_PASSWORD_LENGTH = 1024
+MAX_NAME_LENGTH = 100
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -63,30 +66,36 @@ class Sessions(SecureCookieSessionInterface):
 
 
 class LoginLimit:
-    """Counts failed logins by address, in memory."""
+    """Counts failed logins by whom and where they come from, in memory; a login that goes on counts as failed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._failures: dict[str, deque[float]] = {}
 
-    def wait_s(self, address: str, now: float) -> int:
-        """Return for how many seconds `address` has to wait before it may try again."""
+    def begin(self, sources: Sequence[str], now: float) -> int:
+        """Count a try, or return for how many seconds the `sources` have to wait before they may try again."""
         with self._lock:
-            failures = self._recent(address, now)
-            return int(failures[0] + TRIES_WINDOW_S - now) + 1 if len(failures) >= TRIES else 0
-
-    def failed(self, address: str, now: float) -> None:
-        """Note a failed login."""
-        with self._lock:
+            full = [tries[0] for one in sources if len(tries := self._recent(one, now)) >= TRIES]
+            if full:
+                return int(max(full) + TRIES_WINDOW_S - now) + 1
             if len(self._failures) > 10_000:
                 self._failures = {key: kept for key in self._failures if (kept := self._recent(key, now))}
-            self._failures.setdefault(address, deque(maxlen=TRIES)).append(now)
+            for one in sources:
+                self._failures.setdefault(one, deque()).append(now)
+            return 0
 
-    def _recent(self, address: str, now: float) -> deque[float]:
-        failures = self._failures.get(address, deque())
-        while failures and now - failures[0] >= TRIES_WINDOW_S:
-            failures.popleft()
-        return failures
+    def succeeded(self, sources: Sequence[str], begun: float) -> None:
+        """Take back the try that was counted at `begun`."""
+        with self._lock:
+            for one in sources:
+                with contextlib.suppress(KeyError, ValueError):
+                    self._failures[one].remove(begun)
+
+    def _recent(self, source: str, now: float) -> deque[float]:
+        tries = self._failures.get(source, deque())
+        while tries and now - tries[0] >= TRIES_WINDOW_S:
+            tries.popleft()
+        return tries
 
 
 def secure(app: Flask, *, loopback: bool) -> None:
@@ -164,14 +173,15 @@ def _who(known: dict[str, User]) -> tuple[str | None, str | None]:
 def _by_password(name: str, password: str) -> User | None:
     """Return the user if the password is right; counts failures, and refuses with 429 what tries too often."""
     limit: LoginLimit = current_app.config["CONSOLE_LIMIT"]
-    address = request.remote_addr or "?"
-    wait_s = limit.wait_s(address, clock.now())
+    # By name as well: behind a proxy on this machine, every program on it can say what its address is.
+    sources, now = (f"address {request.remote_addr}", f"name {name[:MAX_NAME_LENGTH]}"), clock.now()
+    wait_s = limit.begin(sources, now)
     if wait_s:
         g.retry_after_s = wait_s
         abort(429, f"too many failed logins; try again in {wait_s} s")
     user = users().check(name, password) if len(password) <= MAX_PASSWORD_LENGTH else None
-    if user is None:
-        limit.failed(address, clock.now())
+    if user is not None:
+        limit.succeeded(sources, now)
     return user
 
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -334,6 +335,36 @@ def test_while_no_worker_of_the_other_host_is_at_work_the_page_says_so_and_what_
     assert f"backup-worker restore z --from {identifier}" in page
     with worker(world, "backup.elsewhere"):
         until(lambda: "Nothing to do" in kari.get(asked).text)
+
+
+def test_an_order_that_is_taken_up_too_late_restores_nothing(
+    world: World, kari: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backup_worker.console.restores.WAIT_S", 0.1)
+    monkeypatch.setattr("backup_worker.console.restores.ORDER_S", 0.0)
+    identifier = snapshot(world)
+    move(world, "elsewhere")
+    world.weights("z").write_text("as it is")
+    at = f"/snapshots/{identifier}/restore"
+    looked = kari.post(f"{at}/look").location
+    with worker(world, "backup.elsewhere"):
+        until(lambda: 'name="mark"' in kari.get(looked).text)
+    ordered = kari.post(at, mark=form(kari.get(looked).text), reason="x", name="z").location
+    with worker(world, "backup.elsewhere"):
+        until(lambda: "took this up in time" in kari.get(ordered).text)
+    assert world.weights("z").read_text() == "as it is"
+
+
+def test_an_agent_whose_folder_is_gone_is_restored(world: World, kari: Visitor) -> None:
+    identifier = snapshot(world)
+    before = world.weights("z").read_bytes()
+    shutil.rmtree(world.root("z"))
+    at = f"/snapshots/{identifier}/restore"
+    page = kari.get(at).text
+    assert "4 would come back" in page, "three files and a folder"
+    done = kari.post(at, mark=form(page), reason="gone", name="z")
+    assert "z is restored: 3 files" in kari.get(done.location).text
+    assert world.weights("z").read_bytes() == before
 
 
 def test_a_living_agent_of_another_host_is_not_overwritten_either(world: World, kari: Visitor) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from backup_worker import alerts
 from backup_worker.config import Config
-from backup_worker.history import History, HistoryUnwritable, history_of, kept
+from backup_worker.history import History, HistoryUnwritable, history_of
 from backup_worker.snapshots import Repository
 from em_bridge import clock
 
@@ -58,7 +58,11 @@ class Runtime:
         now = clock.now()
         if self.client is None:
             self.history.append(kind, now=now, **facts)
-        elif kept.waiting(self.client):
+            return
+        # Not above: loading redis-py is a third of the start of a command that needs no Redis.
+        from backup_worker.history import kept
+
+        if kept.waiting(self.client):
             # Behind those that wait: the record is in the order in which things happened.
             kept.keep(self.client, kind, now, facts)
             kept.write(self.client, self.history, now)

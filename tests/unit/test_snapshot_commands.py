@@ -303,3 +303,13 @@ def test_a_state_of_another_time_and_single_paths_come_from_the_tiers_that_hold_
     assert (shell.z.root / "SOUL.md").read_text() == "poisoned\n", "nothing but that path is touched"
     assert not (shell.z.root / "memory" / "since.md").exists()
     assert (Path(done["evidence"]) / "memory" / "since.md").read_text() == "in no backup\n"
+
+
+def test_what_needs_no_redis_does_not_load_it(shell: Shell) -> None:
+    # redis-py is a third of the start of a command, and `backup` loaded it for lines that may have to wait in Redis.
+    code = "import sys; from backup_worker.cli import main\ntry: main()\nfinally: sys.exit('redis' in sys.modules)"
+    to = str(shell.base / "to")
+    for words in (["backup", "--tier", "weekly"], ["list"], ["verify"], ["restore", "z", "--to", to]):
+        argv = [sys.executable, "-c", code, *words, "--config", str(shell.config)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (words, done.stderr)

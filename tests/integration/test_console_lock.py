@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,35 @@ def test_who_guesses_has_to_wait_even_with_the_right_password(world: World, app:
         visitor.client.get("/metrics", headers={"Host": "localhost", **basic("kari", PASSWORD)}).status_code
         == 429
     )
+
+
+def test_who_guesses_has_to_wait_whatever_address_is_given(world: World, app: Flask) -> None:
+    # A proxy on this machine says where a request came from, and so can every other program on it.
+    world.users.add("kari", PASSWORD, role=APPROVER)
+    answers = []
+    for number in range(TRIES + 1):
+        visitor = Visitor(app)
+        visitor.client.environ_base["REMOTE_ADDR"] = f"192.0.2.{number}"
+        answers.append(visitor.log_in("kari", "wrong wrong").status_code)
+    assert answers == [401] * TRIES + [429]
+    world.users.add("olav", PASSWORD, role=APPROVER)
+    assert Visitor(app).log_in("olav").status_code == 302, "nobody else has to wait"
+
+
+def test_guesses_at_the_same_time_are_counted_before_any_is_answered(world: World, app: Flask) -> None:
+    world.users.add("kari", PASSWORD, role=APPROVER)
+    visitors = [Visitor(app) for _ in range(3 * TRIES)]
+    for visitor in visitors:
+        visitor.get("/login")
+    with ThreadPoolExecutor(len(visitors)) as pool:
+        answers = list(pool.map(lambda one: one.log_in("kari", "wrong wrong").status_code, visitors))
+    assert sorted(answers) == [401] * TRIES + [429] * 2 * TRIES
+
+
+def test_who_knows_the_password_never_has_to_wait(world: World, app: Flask) -> None:
+    world.users.add("kari", PASSWORD, role=APPROVER)
+    answers = [Visitor(app).log_in("kari").status_code for _ in range(TRIES + 2)]
+    assert set(answers) == {302}
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,14 @@ def test_a_recovery_that_is_given_up_is_a_page_at_once_also_behind_one_of_its_fi
     assert desk.until(60, 10) == [(12, "phone [critical] escalation/z")]
 
 
+def test_what_is_milder_of_a_group_waits_behind_a_critical_page_of_it(history: History) -> None:
+    desk = Desk(history)
+    desk.raise_("escalation/a", 0, "critical", "a")
+    assert [at for at, _ in desk.until(4)] == [2]
+    desk.raise_("recovery/b", 5, "warning", "b")
+    assert desk.until(90, 5) == [(62, "phone [warning] recovery/b")]
+
+
 def test_a_few_critical_ones_are_told_after_the_window_with_all_that_is_new(history: History) -> None:
     desk = Desk(history)
     for number in range(STORM - 1):

@@ -204,7 +204,7 @@ class Recovery(Lays):
             raise AgentBackupError("the new process has ended: " + self._last_words(incident.agent))
         beats = self._beats(incident.start_mark, incident.agent)
         now = self.now()
-        incident = self._with_sane_deadline(incident, agent.heartbeat.verify_within, now)
+        incident = self._with_watched_deadline(incident, agent.heartbeat.verify_within, now)
         is_late = incident.deadline is not None and now >= incident.deadline
         # Before the deadline nothing can have come behind it, whatever clock its entry was written by.
         until = incident.deadline if is_late else None

@@ -73,7 +73,7 @@ class Waits(Ends):
             running, steady=steady, silent_s=silent_s, limit_s=agent.heartbeat.dead_after, mass=mass
         )
 
-    def _with_sane_deadline(self, incident: Incident, limit_s: float, now: float) -> Incident:
+    def _with_watched_deadline(self, incident: Incident, limit_s: float, now: float) -> Incident:
         """Return the incident with a deadline before which `limit_s` seconds were watched without a gap."""
         if incident.deadline is None:
             return incident
@@ -112,7 +112,7 @@ class Waits(Ends):
         self, incident: Incident, agent: AgentConfig, missing: list[str], latest: Mapping[str, Incident]
     ) -> Incident | None:
         now = self.now()
-        incident = self._with_sane_deadline(incident, self._patience_s(agent), now)
+        incident = self._with_watched_deadline(incident, self._patience_s(agent), now)
         last = {name: latest[name] for name in missing if name in latest}
         is_late = incident.deadline is not None and now >= incident.deadline
         since = 0.0 if is_late else incident.opened_at

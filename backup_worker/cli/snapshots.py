@@ -95,7 +95,8 @@ def _print_backup(result: dict[str, Any]) -> None:
     from backup_worker.cli._common import size
 
     for row in result["snapshots"]:
-        typer.echo(f"{row['id']}: {row['status']}, {row['files']} files, {size(row['bytes'])}")
+        unapproved = ", unapproved" if row["approved"] is False else ""
+        typer.echo(f"{row['id']}: {row['status']}, {row['files']} files, {size(row['bytes'])}{unapproved}")
         for problem in row["problems"]:
             typer.echo(f"  {problem['path']}: {problem['problem']}")
         for warning in row["warnings"]:

@@ -57,6 +57,13 @@ def test_a_changed_or_removed_file_marks_the_snapshot_however_it_is_made(
     assert make(house) is False
 
 
+def test_the_command_says_so(house: House) -> None:
+    command = ["backup", "z", "--tier", "daily", "--config", str(house.fleet.config_dir)]
+    assert "unapproved" not in CliRunner().invoke(app, command).stdout
+    house.write(OTHER)
+    assert CliRunner().invoke(app, command).stdout.rstrip().endswith(", unapproved")
+
+
 @pytest.mark.parametrize("make", [daily, by_slot, by_command])
 def test_a_snapshot_of_the_approved_state_says_nothing(
     make: Callable[[House], bool | None], house: House

@@ -20,6 +20,7 @@ from zoneinfo import ZoneInfo
 from backup_worker.alerts import receivers, refused_urls
 from backup_worker.config import SEVERITIES, AgentConfig, Config, InvalidConfig, load
 from backup_worker.recovery.adapters import adapter_for
+from backup_worker.units import counted
 from em_bridge import connection
 from em_bridge.errors import AgentBackupError, ConfigError
 
@@ -53,7 +54,9 @@ def examine(config_dir: Path, redis_url: str | None, *, now: float, test_alert: 
     count = len(config.agents)
     return [
         Check(
-            "configuration", "ok", f"{config_dir}: {count} agents, tiers {', '.join(config.schedule.tiers)}"
+            "configuration",
+            "ok",
+            f"{config_dir}: {counted(count, 'agent')}, tiers {', '.join(config.schedule.tiers)}",
         ),
         *_clock(config, now),
         *(
@@ -220,7 +223,9 @@ def _history(config: Config) -> Iterator[Check]:
         return
     if report.ok:
         vouched = f", and the repository vouches for line {report.noted.seq}" if report.noted else ""
-        yield Check("history", "ok", f"{report.lines} lines, each proves the one before it{vouched}")
+        yield Check(
+            "history", "ok", f"{counted(report.lines, 'line')}, each proves the one before it{vouched}"
+        )
     else:
         mend = "find out who changed it (backup-worker history verify); keep a copy, and start a new file"
         yield Check("history", "fail", f"line {report.first_broken}: {report.problem}", mend)

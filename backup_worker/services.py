@@ -262,7 +262,7 @@ class Scheduler:
         runtime = Runtime(self.watch.current, self.client)
         for queue, since in self._unserved.items():
             if now - since >= UNSERVED_AFTER_S:
-                body = f"{waiting[queue]} jobs wait there; start `backup-worker worker` on that host"
+                body = f"jobs waiting there: {waiting[queue]}; start `backup-worker worker` on that host"
                 runtime.alert(f"unserved/{queue}", "critical", f"nobody works on the queue {queue}", body)
         for alert in alerts.open_alerts(self.client):
             kind, _, queue = alert.key.partition("/")

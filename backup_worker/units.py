@@ -1,4 +1,4 @@
-"""How times, durations and sizes are written for people on the command line and in messages. Pure."""
+"""How times, durations, numbers and sizes are written for people on the command line and in messages. Pure."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def age(seconds: float) -> str:
     if seconds < 2 * 86400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} d"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which takes an s for the plural: `1 file`, `0 files`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size(number: int) -> str:

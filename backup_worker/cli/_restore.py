@@ -11,6 +11,7 @@ import typer
 
 from backup_worker.cli import _completion
 from backup_worker.cli._common import opened
+from backup_worker.units import counted
 from em_bridge.errors import AgentBackupError, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
 
@@ -146,7 +147,9 @@ def _print(results: list[dict[str, Any]]) -> None:
             if not (result["added"] or result["changed"] or result["removed"]):
                 typer.echo("  nothing to do: the files are in that state")
         elif result["ok"]:
-            typer.echo(f"{result['agent']}: {result['files']} files, {size(result['bytes'])} from {sources}")
+            typer.echo(
+                f"{result['agent']}: {counted(result['files'], 'file')}, {size(result['bytes'])} from {sources}"
+            )
             typer.echo(f"  to {result['to']}")
             if result["evidence"]:
                 typer.echo(f"  what stood there is in {result['evidence']}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backup_worker.units import counted
 from em_bridge import clock
 from em_bridge.errors import UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit, group
@@ -243,7 +244,7 @@ def _print_receivers(rows: list[dict[str, Any]], zone: str) -> None:
     for row in rows:
         if row["failures"]:
             text = (
-                f" {row['receiver']}: {row['failures']} times in a row, {row['last_failure']}; "
+                f" {row['receiver']}: {counted(row['failures'], 'time')} in a row, {row['last_failure']}; "
                 f"tried again {moment(row['retry_at'], zone)}"
             )
             show(coloured("not reached", "red").append(text, "default"))

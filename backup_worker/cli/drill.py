@@ -8,6 +8,7 @@ import typer
 
 from backup_worker.cli import _completion
 from backup_worker.cli._progress import shown
+from backup_worker.units import counted
 from em_bridge import clock
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
 
@@ -60,7 +61,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             well += "" if row["owners"] else "; owners come back only as root, and were not compared"
             sources = ", ".join(row["from"])
             typer.echo(
-                f"{row['agent']}: restored {row['files']} files, {size(row['bytes'])} from {sources} "
+                f"{row['agent']}: restored {counted(row['files'], 'file')}, {size(row['bytes'])} from {sources} "
                 f"in {row['took_s']:.1f} s{well}"
             )
             continue

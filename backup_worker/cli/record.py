@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 import typer
 
 from backup_worker.cli import _completion
+from backup_worker.units import counted
 from em_bridge import clock
 from em_bridge.errors import NotFound, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, group
@@ -187,7 +188,7 @@ def _short(value: Any) -> str:
 
 def _print_report(path: Path, report: Report) -> None:
     if report.ok:
-        typer.secho(f"{path}: {report.lines} lines, each proves the one before it", fg="green")
+        typer.secho(f"{path}: {counted(report.lines, 'line')}, each proves the one before it", fg="green")
     else:
         where = path.with_name(report.file) if report.file else path
         typer.secho(f"{where}: broken at line {report.first_broken}: {report.problem}", fg="red")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from backup_worker.units import counted
 from em_bridge.errors import UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, RedisUrlOption, log_to_stderr
 
@@ -81,7 +82,7 @@ def up(
         if not no_console:
             children.append(Child("console", _part("console", "--listen", listen), env))
             sys.stderr.write(f"console: http://{listen}\n")
-        sys.stderr.write(f"{len(loaded.agents)} agents, {len(children)} processes; Ctrl-C stops\n")
+        sys.stderr.write(f"{counted(len(loaded.agents), 'agent')}, {len(children)} processes; Ctrl-C stops\n")
         supervisor = Supervisor(children)
         grow = _growing(supervisor, config, host, env)
 

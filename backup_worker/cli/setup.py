@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backup_worker.units import counted
 from em_bridge import clock
 from em_bridge.errors import ConfigError, NotFound, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit, fail
@@ -200,4 +201,4 @@ def _print_checks(rows: list[dict[str, Any]]) -> None:
             typer.echo(f"{'':<{width + 7}}→ {row['mend']}")
     failed = sum(row["status"] == "fail" for row in rows)
     warned = sum(row["status"] == "warn" for row in rows)
-    typer.echo(f"\n{len(rows)} checks: {failed} failed, {warned} to look at")
+    typer.echo(f"\n{counted(len(rows), 'check')}: {failed} failed, {warned} to look at")

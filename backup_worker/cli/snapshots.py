@@ -12,6 +12,7 @@ from backup_worker.cli._completion import IdArgument
 from backup_worker.cli._forget import forget
 from backup_worker.cli._list import list_
 from backup_worker.cli._restore import restore
+from backup_worker.units import counted
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError, NotFound
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, fail
@@ -96,7 +97,8 @@ def _print_backup(result: dict[str, Any]) -> None:
 
     for row in result["snapshots"]:
         unapproved = ", unapproved" if row["approved"] is False else ""
-        typer.echo(f"{row['id']}: {row['status']}, {row['files']} files, {size(row['bytes'])}{unapproved}")
+        files = counted(row["files"], "file")
+        typer.echo(f"{row['id']}: {row['status']}, {files}, {size(row['bytes'])}{unapproved}")
         for problem in row["problems"]:
             typer.echo(f"  {problem['path']}: {problem['problem']}")
         for warning in row["warnings"]:
@@ -126,7 +128,7 @@ def _print_manifest(manifest: Manifest, zone: str) -> None:
         ("made", f"{moment(manifest.created_at, zone)} ({manifest.reason})"),
         ("proven", moment(manifest.verified_at, zone)),
         *([("approved", approved[manifest.approved])] if manifest.approved is not None else []),
-        ("holds", f"{manifest.files} files, {size(manifest.bytes)}"),
+        ("holds", f"{counted(manifest.files, 'file')}, {size(manifest.bytes)}"),
         ("scope", ", ".join(manifest.scope.include)),
     ):
         typer.echo(f"{name:<9} {value}")

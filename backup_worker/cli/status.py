@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backup_worker.units import counted
 from em_bridge import clock
 from em_bridge.errors import UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit
@@ -102,7 +103,7 @@ def _print(facts: dict[str, Any], zone: str) -> None:
         show(coloured("alert", "red").append(f" {alert['severity']}: {alert['title']}{silent}", "default"))
     for row in facts["receivers"]:
         if row["failures"]:
-            text = f" {row['receiver']}: {row['failures']} times in a row, {row['last_failure']}"
+            text = f" {row['receiver']}: {counted(row['failures'], 'time')} in a row, {row['last_failure']}"
             show(coloured("alerts do not arrive", "red").append(text, "default"))
 
 
@@ -119,7 +120,7 @@ def _print_scrub(scrub: dict[str, Any]) -> None:
     from backup_worker.cli._common import age, coloured, show
 
     if scrub["oldest_age_s"] is not None:
-        text = f"verified: {scrub['snapshots']} snapshots, the oldest {age(scrub['oldest_age_s'])} ago"
+        text = f"verified: {counted(scrub['snapshots'], 'snapshot')}, the oldest {age(scrub['oldest_age_s'])} ago"
         late = f", {scrub['overdue']} are overdue" if scrub["overdue"] else ""
         show(coloured(text + late, "red" if late else ""))
     for identifier in scrub["damaged"]:

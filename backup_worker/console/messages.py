@@ -14,6 +14,7 @@ from backup_worker import letters
 from backup_worker.console import fleet, message_log
 from backup_worker.console.actions import needed_reason, note, with_redis
 from backup_worker.console.live import view
+from backup_worker.units import counted
 from em_bridge import logview, replay
 from em_bridge.errors import UsageError
 from em_bridge.lag import measure
@@ -85,6 +86,7 @@ def deliver_again() -> Response:
     done = replay.execute(here.runtime.redis, plan).as_dict()
     note(here, "replay", start=start, recipient=recipient or None, redelivered=done["redelivered"])
     flash(
-        f"{done['redelivered']} messages delivered again; {done['already_there']} were there already.", "good"
+        f"{counted(done['redelivered'], 'message')} delivered again; {done['already_there']} were there already.",
+        "good",
     )
     return redirect(url_for("messages.page"))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from backup_worker.units import age, moment, size
+from backup_worker.units import age, counted, moment, size
 
 NAMED = 5
 """How many agents, snapshots or alerts a line names."""
@@ -32,7 +32,11 @@ def compose(
     ]  # fmt: skip
     wrong = _wrong(facts)
     agents = len(facts["agents"])
-    title = f"all is well with {agents} agents" if not wrong else f"{', '.join(wrong)} ({agents} agents)"
+    title = (
+        f"all is well with {counted(agents, 'agent')}"
+        if not wrong
+        else f"{', '.join(wrong)} ({counted(agents, 'agent')})"
+    )
     return title, "\n".join(lines)
 
 
@@ -78,7 +82,7 @@ def _proofs(facts: Facts) -> Iterator[str]:
     scrub = facts["scrub"]
     oldest = f", the oldest {age(scrub['oldest_age_s'])} ago" if scrub["oldest_age_s"] is not None else ""
     late = f", {scrub['overdue']} overdue" if scrub["overdue"] else ""
-    yield f"verified: {scrub['snapshots']} snapshots{oldest}{late}"
+    yield f"verified: {counted(scrub['snapshots'], 'snapshot')}{oldest}{late}"
     if scrub["damaged"]:
         yield f"  DAMAGED: {_some(scrub['damaged'])}"
 
@@ -105,7 +109,7 @@ def _alerts(facts: Facts) -> Iterator[str]:
         yield f"  and {len(rows) - NAMED} more: backup-worker alerts"
     for one in facts["receivers"]:
         if one["failures"]:
-            yield f"  NOT REACHED: {one['receiver']}, {one['failures']} times: {one['last_failure']}"
+            yield f"  NOT REACHED: {one['receiver']}, {counted(one['failures'], 'time')}: {one['last_failure']}"
 
 
 def _bus(facts: Facts) -> Iterator[str]:

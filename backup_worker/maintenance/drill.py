@@ -42,6 +42,7 @@ from backup_worker.snapshots.disk import Tree
 from backup_worker.snapshots.errors import from_os_error
 from backup_worker.snapshots.sanity import judge
 from backup_worker.snapshots.verify import unproven
+from backup_worker.units import size
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError, NotFound
 
@@ -164,8 +165,8 @@ def _check_space(plan: RestorePlan, place: Path, reserve_bytes: int) -> None:
     free = shutil.disk_usage(place).free - reserve_bytes
     if plan.bytes > free:
         raise NoSpace(
-            f"the drill of “{plan.agent.name}” needs {plan.bytes} bytes below “{place.parent}”, "
-            f"and {max(free, 0)} are free"
+            f"the drill of “{plan.agent.name}” needs {size(plan.bytes)} below “{place.parent}”, "
+            f"and {size(max(free, 0))} are free beyond the reserve"
         )
 
 

@@ -15,6 +15,7 @@ from backup_worker import alerts, due, schedule
 from backup_worker.config import Config
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Head
+from backup_worker.units import size
 from em_bridge import streams
 
 if TYPE_CHECKING:
@@ -156,8 +157,8 @@ def _tell_of_memory(runtime: Runtime) -> float | None:
     share = used / limit if limit else 0.0
     if share >= MEMORY_FULL:
         body = (
-            f"{used} of {limit} bytes are used ({share:.0%}); when it is full, no event, message or job is taken: "
-            "raise maxmemory, or lower limits.log_days"
+            f"{size(used)} of {size(limit)} are used ({share:.0%}); when it is full, no event, message or job is "
+            "taken: raise maxmemory, or lower limits.log_days"
         )
         runtime.alert("memory", "critical", "Redis is nearly out of memory", body)
     elif share < MEMORY_CALM:

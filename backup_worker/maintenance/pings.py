@@ -23,6 +23,7 @@ from backup_worker import schedule, slots
 from backup_worker.config import Config
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Head
+from backup_worker.units import counted
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -168,7 +169,9 @@ def _send(runtime: Runtime, ping: Ping, now: float) -> bool:
         runtime.record("ping", **facts, ok=False, error=problem)
         if state.failures >= ALERT_AFTER:
             title = f"the dead man's switch of {ping.tier} cannot be reached"
-            body = f"{host}: {problem}, {state.failures} times in a row; it may call you for nothing"
+            body = (
+                f"{host}: {problem}, {counted(state.failures, 'time')} in a row; it may call you for nothing"
+            )
             runtime.alert(key, "warning", title, body)
     runtime.redis.hset(STATES, ping.tier, msgpack.packb(asdict(state)))
     return problem is None

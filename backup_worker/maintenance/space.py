@@ -9,6 +9,7 @@ from pathlib import Path
 from backup_worker.config import Config
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Head
+from backup_worker.units import size
 
 KEY = "space"
 """Key of the alert."""
@@ -29,8 +30,8 @@ def tell(runtime: Runtime, heads: Sequence[Head]) -> int:
         fails = free < reserve
         title = "backups fail: the repository is full" if fails else "the repository is getting full"
         body = (
-            f"{free} bytes are free in {runtime.config.schedule.repository}; the reserve is {reserve}, and with the "
-            f"next backups {wanted} are needed: free some space, or keep fewer snapshots"
+            f"{size(free)} are free in {runtime.config.schedule.repository}; the reserve is {size(reserve)}, and with "
+            f"the next backups {size(wanted)} are needed: free some space, or keep fewer snapshots"
         )
         runtime.alert(KEY, "critical" if fails else "warning", title, body)
     elif free >= wanted * CALM:
@@ -45,7 +46,7 @@ def wanted_bytes(config: Config, heads: Sequence[Head]) -> int:
     """
     newest = {(head.tier, head.agent): head.bytes for head in heads if head.agent in config.agents}
     rounds = [
-        sum(size for (tier, _), size in newest.items() if tier == name)
+        sum(bytes_ for (tier, _), bytes_ in newest.items() if tier == name)
         for name, one in config.schedule.tiers.items()
         if one.unchanged == "copy"
     ]

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from backup_worker.units import counted
+
 if TYPE_CHECKING:
     from redis import Redis
 
@@ -104,7 +106,7 @@ def agent_tripped(client: Redis, config: Config, agent: str, now: float) -> str 
     if done < limits.max_recoveries:
         return None
     return (
-        f"it was recovered {done} times within {limits.max_recoveries_within:g} s and died again; "
+        f"it was recovered {counted(done, 'time')} within {limits.max_recoveries_within:g} s and died again; "
         "its limit is recovery.max_recoveries"
     )
 

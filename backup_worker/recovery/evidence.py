@@ -25,6 +25,7 @@ import psutil
 
 from backup_worker.recovery.incident import Incident
 from backup_worker.snapshots import Head
+from backup_worker.units import counted, size
 from em_bridge import streams
 
 log = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ def _snapshots(facts: Facts) -> list[str]:
     if facts.snapshots is None:
         return ["The repository could not be read."]
     return [
-        f"- `{head.id}` ({facts.time(head.created_at)}, {head.files} files, {head.bytes} bytes) "
+        f"- `{head.id}` ({facts.time(head.created_at)}, {counted(head.files, 'file')}, {size(head.bytes)}) "
         f"**{'damaged' if head.damaged else head.status}**: {why_not_used(head, facts.incident)}"
         for head in facts.snapshots
     ] or ["There is none."]

@@ -16,6 +16,7 @@ from backup_worker.recovery.evidence import keep_log
 from backup_worker.recovery.incident import CURRENT, DEPEND, RESTORE, SELECT, Incident, Missed
 from backup_worker.recovery.waits import Waits
 from backup_worker.snapshots.errors import printable
+from backup_worker.units import counted, size
 from em_bridge.errors import NotFound
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Lays(Waits):
             evidence=tree,
         )
         evidence = (*incident.evidence, str(result.evidence)) if result.evidence else incident.evidence
-        detail = f"{result.files} files, {result.bytes} bytes, verified and swapped in"
+        detail = f"{counted(result.files, 'file')}, {size(result.bytes)}, verified and swapped in"
         if result.evidence:
             detail += f"; what stood there is in {result.evidence}"
         else:

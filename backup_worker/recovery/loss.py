@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from backup_worker.approval import changes
 from backup_worker.recovery.incident import Missed
+from backup_worker.units import counted
 from em_bridge import streams
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ class Loss:
 
     def __str__(self) -> str:
         """Say what the state lacks, in a few words."""
-        paths = "what is lost is not known" if self.lost is None else f"{len(self.lost)} paths are lost"
+        paths = (
+            "what is lost is not known" if self.lost is None else f"lost: {counted(len(self.lost), 'path')}"
+        )
         if self.lost == ():
             paths = "nothing is lost"
-        return paths + (f", {len(self.missed)} approved changes are not in it" if self.missed else "")
+        return paths + (f", not in it: {counted(len(self.missed), 'approved change')}" if self.missed else "")
 
 
 def missed_changes(

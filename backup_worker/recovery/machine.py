@@ -36,6 +36,7 @@ from backup_worker.recovery.lays import Lays
 from backup_worker.recovery.locks import acting_on
 from backup_worker.recovery.waits import HELD_LOOK_S, LOOK_AGAIN_S
 from backup_worker.snapshots import NoSpace
+from backup_worker.units import counted
 from em_bridge.errors import AgentBackupError, RedisUnavailable
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ class Recovery(Lays):
             incident = self._noted(incident, OPENED, True, incident.reason)
         if incident.resumes >= MAX_RESUMES:
             return self._give_up(
-                incident, f"{incident.phase} was begun {incident.resumes} times and never came to an end"
+                incident,
+                f"{incident.phase} was begun {counted(incident.resumes, 'time')} and never came to an end",
             )
         return self._keep(replace(incident, resumes=incident.resumes + 1))
 

@@ -37,6 +37,7 @@ from backup_worker.snapshots.sanity import Limits, Look, judge
 from backup_worker.snapshots.scope import WORKSHOP, AgentFiles
 from backup_worker.snapshots.together import Sync, Work, alone, weight
 from backup_worker.snapshots.verify import read_all_back
+from backup_worker.units import size
 from em_bridge.errors import NotFound, UsageError
 
 Attest = Callable[[Mapping[str, Entry]], tuple[bool | None, str | None]]
@@ -224,7 +225,8 @@ class _Taking:
         free = self.repo.free_bytes() - self.limits.reserve_bytes
         if needed > free:
             raise NoSpace(
-                f"backing up “{self.agent.name}” needs {needed} bytes, and {max(free, 0)} are free",
+                f"backing up “{self.agent.name}” needs {size(needed)}, "
+                f"and {size(max(free, 0))} are free beyond the reserve",
                 hint="free some space, or run `backup-worker prune`",
             )
 

@@ -156,7 +156,7 @@ def test_too_little_space_for_the_drill_is_a_failure_and_not_a_full_disk(
 ) -> None:
     take(runtime)
     fleet.edit("backup_schedule.json", lambda document: document["limits"].update(reserve_bytes=10**17))
-    assert "0 are free" in reasons(drill.run(fleet.runtime(client), "z", SEVEN + 5))
+    assert "0 B are free" in reasons(drill.run(fleet.runtime(client), "z", SEVEN + 5))
 
 
 def test_an_unknown_agent_is_refused(runtime: Runtime) -> None:

@@ -45,11 +45,17 @@ def rules(config: Config, now: float | None = None) -> Rules:
 # ── deciding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_decision(known: Change, who: str, *, yes: bool, rules: Rules) -> None:
+def check_decision(known: Change, who: str, *, yes: bool, rules: Rules, proposal: str | None = None) -> None:
     """Raise UsageError, with what to do instead, if `who` may not decide the change now (`yes`: approve it).
 
-    The signature that an approval may need is not asked for here.
+    `proposal` is the entry of the proposal that `who` has seen (empty: there was none), None if that is not known. The
+    signature that an approval may need is not asked for here.
     """
+    if proposal is not None and proposal != known.proposal:
+        raise UsageError(
+            f"what is proposed as “{known.change}” now is not the one you have seen",
+            hint="it was proposed anew: look at it again, with `backup-worker changes show CHANGE` or in the console",
+        )
     if known.decision or known.state == APPLIED:
         done = f"{known.decision} by {known.decided_by}" if known.decision else "applied"
         raise UsageError(
@@ -76,16 +82,17 @@ def decide(
     rules: Rules,
     reason: str = "",
     signature: str | bytes | None = None,
+    proposal: str | None = None,
     patience_s: float = 30.0,
 ) -> str:
     """Publish the decision of `who` and return its entry on the stream.
 
     Where signers exist, `signature` is one over `changes.statement(change, who)`, made with `ssh-keygen -Y sign -n
-    agent-backup`. It is proven before anything is published. Raises NotFound, and UsageError for a decision that would
-    not count.
+    agent-backup`. It is proven before anything is published. `proposal` is as in `check_decision`. Raises NotFound, and
+    UsageError for a decision that would not count.
     """
     known = changes.get(client, change, rules)
-    check_decision(known, who, yes=yes, rules=rules)
+    check_decision(known, who, yes=yes, rules=rules, proposal=proposal)
     if yes and rules.need_signature:
         assert rules.signers is not None
         if not signature:

@@ -128,9 +128,8 @@ def _print_change(known: Change, files: list[FileChange], rules: Rules, zone: st
     for one in files:
         _print_file(one, known.sha256.get(one.path))
     if known.state == "proposed":
-        typer.echo(
-            f"\napprove it before {moment(known.expires_at, zone)}: backup-worker approve {known.change}"
-        )
+        command = f"backup-worker approve {known.change} --proposal {known.proposal}"
+        typer.echo(f"\napprove it before {moment(known.expires_at, zone)}: {command}")
         if rules.need_signature:
             typer.echo(f"with a signature of somebody in {rules.signers}: --by NAME --key FILE")
 
@@ -183,6 +182,12 @@ def approve(
         Path | None,
         typer.Option("--signature", metavar="FILE", help="A signature that was made elsewhere; - is stdin."),
     ] = None,
+    proposal: Annotated[
+        str | None,
+        typer.Option(
+            "--proposal", metavar="ENTRY", help="Only if it is still this one, as `changes show` prints it."
+        ),
+    ] = None,
     statement: Annotated[
         bool, typer.Option("--statement", help="Print the bytes to be signed elsewhere, and decide nothing.")
     ] = False,
@@ -212,6 +217,7 @@ def approve(
         yes=True,
         key=key,
         given=given,
+        proposal=proposal,
         only_statement=statement,
     )
 
@@ -242,6 +248,7 @@ def _decide(
     yes: bool,
     key: Path | None = None,
     given: str | None = None,
+    proposal: str | None = None,
     only_statement: bool = False,
 ) -> None:
     from backup_worker.approval import approvals, changes, signatures
@@ -252,14 +259,16 @@ def _decide(
     who = by or getpass.getuser()
     if only_statement or (key is not None and given is None):
         known = changes.get(runtime.redis, change, rules)
-        approvals.check_decision(known, who, yes=yes, rules=rules)
+        approvals.check_decision(known, who, yes=yes, rules=rules, proposal=proposal)
         signed = changes.statement(known, who)
         if only_statement:
             sys.stdout.buffer.write(signed)
             return
         assert key is not None
         given = signatures.sign(signed, key.expanduser())
-    entry = approvals.decide(runtime.redis, change, who, yes=yes, rules=rules, reason=reason, signature=given)
+    entry = approvals.decide(
+        runtime.redis, change, who, yes=yes, rules=rules, reason=reason, signature=given, proposal=proposal
+    )
     word = "approved" if yes else "rejected"
     how = ", signed" if given and rules.need_signature else ""
     result = {"change": change, "decision": word, "by": who, "entry": entry, "signed": bool(how)}

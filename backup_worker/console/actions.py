@@ -156,7 +156,8 @@ def _decide(change: str, *, yes: bool) -> Response:
     signature = request.form.get("signature", "").replace("\r\n", "\n").strip()
     entry = approvals.decide(
         here.runtime.redis, change, g.who, yes=yes, rules=approvals.rules(here.config), reason=reason,
-        signature=signature + "\n" if signature else None, patience_s=PATIENCE_S,
+        signature=signature + "\n" if signature else None, proposal=request.form.get("proposal"),
+        patience_s=PATIENCE_S,
     )  # fmt: skip
     word = "approve" if yes else "reject"
     note(here, word, change=change, agent=known.agent or None, reason=reason, entry=entry)

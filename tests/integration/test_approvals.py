@@ -124,6 +124,22 @@ def test_signing_elsewhere_takes_three_steps(fleet: SmallFleet, valkey: ValkeySe
     assert done.stdout == "change c1 approved by kari, signed\n"
 
 
+def test_the_command_that_show_prints_approves_nothing_else(fleet: SmallFleet, valkey: ValkeyServer) -> None:
+    em = Publisher(valkey.url)
+    em.config_proposed("c1", "z", ["weights.json"], "em", proposed={"weights.json": NEW})
+    command = (
+        run(fleet, valkey, "changes", "show", "c1").stdout.strip().partition("backup-worker ")[2].split()
+    )
+    em.config_proposed("c1", "z", ["weights.json"], "em", proposed={"weights.json": b'{"speed": 99}'})
+    late = run(fleet, valkey, *command, "--by", "kari")
+    assert late.returncode == 2
+    assert "is not the one you have seen" in late.stderr
+    command = (
+        run(fleet, valkey, "changes", "show", "c1").stdout.strip().partition("backup-worker ")[2].split()
+    )
+    assert run(fleet, valkey, *command, "--by", "kari").stdout == "change c1 approved by kari\n"
+
+
 def test_a_change_shows_its_difference_and_who_asks(fleet: SmallFleet, valkey: ValkeyServer) -> None:
     backups.by_hand(fleet.runtime(valkey.client()), "z", "daily", now=time.time())
     em = Publisher(valkey.url)

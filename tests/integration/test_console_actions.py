@@ -107,6 +107,20 @@ def test_an_approval_is_published_once_under_the_users_name(world: World, kari: 
     ]
 
 
+def test_what_was_proposed_anew_since_the_page_was_shown_is_not_decided(world: World, kari: Visitor) -> None:
+    propose(world)
+    seen = re.findall(r'name="proposal" value="([^"]+)"', kari.get("/changes").text)
+    assert len(seen) == 2, "to approve, and to reject"
+    propose(world)
+    refused = kari.post("/changes/c1/approve", proposal=seen[0])
+    assert refused.status_code == 400
+    assert "is not the one you have seen" in refused.text
+    assert decisions(world) == []
+    (shown, _) = re.findall(r'name="proposal" value="([^"]+)"', kari.get("/changes").text)
+    assert kari.post("/changes/c1/approve", proposal=shown).status_code == 302
+    assert len(decisions(world)) == 1
+
+
 def test_a_rejection_needs_a_reason(world: World, kari: Visitor) -> None:
     propose(world)
     refused = kari.post("/changes/c1/reject", reason="  ")

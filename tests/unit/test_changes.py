@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from backup_worker.approval import approvals, changes
 from backup_worker.approval.changes import APPLIED, APPROVED, PROPOSED, REJECTED
 from em_bridge import events, streams
-from em_bridge.errors import NotFound
+from em_bridge.errors import NotFound, UsageError
 
 PATHS = ("weights.json",)
 
@@ -68,6 +68,20 @@ def test_a_proposed_change_waits_and_tells_what_it_would_write(client: Any) -> N
     found = changes.get(client, "c1")
     assert (found.state, found.agent, found.by, found.reason) == (PROPOSED, "z", "em", "faster")
     assert found.summary()["proposed"] == {"weights.json": "{}"}
+
+
+@pytest.mark.parametrize("yes", [True, False])
+def test_a_decision_is_about_the_proposal_that_was_seen(client: Any, yes: bool) -> None:
+    rules = changes.Rules()
+    (seen,) = publish(client, proposed())
+    publish(client, proposed(agent="jay"))
+    with pytest.raises(UsageError, match="is not the one you have seen"):
+        approvals.decide(client, "c1", "kari", yes=yes, rules=rules, proposal=seen)
+    with pytest.raises(UsageError, match="is not the one you have seen"):
+        approvals.decide(client, "c1", "kari", yes=yes, rules=rules, proposal="")
+    assert changes.get(client, "c1").state == PROPOSED
+    approvals.decide(client, "c1", "kari", yes=yes, rules=rules, proposal=changes.get(client, "c1").proposal)
+    assert changes.get(client, "c1").state == (APPROVED if yes else REJECTED)
 
 
 def test_the_way_of_an_approved_change(client: Any) -> None:

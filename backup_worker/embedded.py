@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import logging
-import os
 import secrets
 import signal
 import socket
@@ -23,6 +22,7 @@ from typing import IO
 
 import redis
 
+from backup_worker.snapshots import disk
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError
 from em_bridge.parent import die_with_parent
@@ -108,24 +108,19 @@ class EmbeddedValkey:
         if self.url not in ("", url):
             raise AgentBackupError("the embedded Valkey died, and another program has taken its port")
         conf = self.folder / "valkey.conf"
-        self._write_private(
-            conf,
-            "\n".join(
-                [
-                    "bind 127.0.0.1",
-                    f"port {port}",
-                    f"requirepass {password}",
-                    f"dir {_quoted(self.folder)}",
-                    "appendonly yes",
-                    "appendfsync everysec",
-                    'save ""',
-                    "maxmemory-policy noeviction",
-                    f"logfile {_quoted(self.folder / 'valkey.log')}",
-                    "daemonize no",
-                    "",
-                ]
-            ),
-        )
+        lines = [
+            "bind 127.0.0.1",
+            f"port {port}",
+            f"requirepass {password}",
+            f"dir {_quoted(self.folder)}",
+            "appendonly yes",
+            "appendfsync everysec",
+            'save ""',
+            "maxmemory-policy noeviction",
+            f"logfile {_quoted(self.folder / 'valkey.log')}",
+            "daemonize no",
+        ]
+        disk.replace_own(conf, "".join(f"{line}\n" for line in lines).encode())
         assert self._lock is not None
         self.process = subprocess.Popen(
             [server_binary(), str(conf)],
@@ -139,7 +134,7 @@ class EmbeddedValkey:
         )
         self.url = url
         self._wait_until_it_answers()
-        self._write_private(url_file(self.folder.parent), self.url + "\n")
+        disk.replace_own(url_file(self.folder.parent), f"{self.url}\n".encode())
 
     def _wait_until_it_answers(self) -> None:
         assert self.process is not None
@@ -170,14 +165,6 @@ class EmbeddedValkey:
             if old.port and old.password:
                 return old.port if _is_free(old.port) else _free_port(), old.password
         return _free_port(), secrets.token_urlsafe(32)
-
-    @staticmethod
-    def _write_private(path: Path, text: str) -> None:
-        temporary = path.with_suffix(".new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        temporary.replace(path)
 
     def stop(self) -> None:
         """Let the server write its data and end; kill it if it does not within 15 s."""

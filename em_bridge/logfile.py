@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import fcntl
 import itertools
 import json
@@ -28,6 +27,7 @@ from typing import Any, Final
 
 from em_bridge import streams
 from em_bridge.errors import AgentBackupError, NotFound
+from em_bridge.whole_file import replaced, sync_folder
 
 SEGMENT_BYTES: Final = 8 * 1024 * 1024
 LIMIT_BYTES: Final = 256 * 1024 * 1024
@@ -169,7 +169,7 @@ class LogFiles:
         self._file = os.open(self._path, flags, 0o600)
         self._write(_line(_HEAD) + _line(self.known.record(self.position)))
         os.fdatasync(self._file)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _finish(self) -> None:
         if self._file is not None:
@@ -208,23 +208,12 @@ def write_file(path: Path, batches: Iterable[list[Entry]], finish: Callable[[], 
 
     `finish()` is called after the last batch, and returns what is committed: up to where, and what is known.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_line(_HEAD))
-            for batch in batches:
-                file.writelines(map(_entry_line, batch))
-            position, known = finish()
-            file.write(_line(known.record(position)))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    _sync_folder(path.absolute().parent)
+    with replaced(path) as file:
+        file.write(_line(_HEAD))
+        for batch in batches:
+            file.writelines(map(_entry_line, batch))
+        position, known = finish()
+        file.write(_line(known.record(position)))
 
 
 def read(path: Path) -> tuple[Known, Iterator[Entry]]:
@@ -334,11 +323,3 @@ def _lock(folder: Path) -> int:
             hint="the execution manager does it while it runs; export into another folder or file",
         ) from None
     return lock
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

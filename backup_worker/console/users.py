@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from backup_worker.console.roles import ROLES, VIEWER
+from backup_worker.snapshots.disk import replace_own
 from em_bridge.errors import AgentBackupError, NotFound, UsageError
 
 MIN_PASSWORD_LENGTH = 10
@@ -113,7 +114,7 @@ class Users:
             return _usable_secret(path)
         with self._locked():
             if not path.exists():
-                _write_private(path, secrets.token_bytes(32))
+                replace_own(path, secrets.token_bytes(32))
             return _usable_secret(path)
 
     def _read(self) -> dict[str, User]:
@@ -137,7 +138,7 @@ class Users:
 
     def _write(self, known: dict[str, User]) -> None:
         users = {name: asdict(known[name]) for name in sorted(known)}
-        _write_private(self.path, json.dumps({"users": users}, indent=2).encode() + b"\n")
+        replace_own(self.path, json.dumps({"users": users}, indent=2).encode() + b"\n")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -194,23 +195,3 @@ def _usable_secret(path: Path) -> bytes:
     if len(secret) < 32:
         raise UsersError(f"the session key “{path}” is too short", hint="remove it; a new one is made")
     return secret
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            staged.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from backup_worker.recovery import launch, proc
+from backup_worker.snapshots import disk
 from em_bridge import clock
 from em_bridge.errors import AgentBackupError
 
@@ -381,9 +382,7 @@ def _write_record(agent: Agent, pid: int, token: str) -> None:
     agent.record_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Nobody has waited for the process yet, so even one that has ended already is still there to be read.
     record = RunRecord(pid, proc.started(pid) or 0, _boot(), token)
-    temporary = agent.record_file.with_suffix(".new")
-    temporary.write_text(json.dumps(asdict(record)))
-    temporary.replace(agent.record_file)
+    disk.replace_own(agent.record_file, json.dumps(asdict(record)).encode())
 
 
 def last_log_lines(agent: Agent, count: int = 50) -> list[str]:

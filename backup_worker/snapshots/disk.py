@@ -202,6 +202,12 @@ def replace_file(
     os.fsync(folder)
 
 
+def replace_own(path: Path, content: bytes) -> None:
+    """Do as `replace_file` with a file of ours, for its owner alone; a link to its folder is followed."""
+    with Tree(path.parent, follow=True) as tree:
+        replace_file(tree, path.name, content)
+
+
 def sync_all(fd: int) -> None:
     """Bring everything written to the file system of `fd` to the disk; write errors raise (since Linux 5.8)."""
     if _libc.syncfs(fd) != 0:

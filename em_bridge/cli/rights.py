@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 from em_bridge.errors import ConfigError, NotFound
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit
+from em_bridge.whole_file import replaced
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -79,12 +79,6 @@ def _passwords(path: Path, users: list[str]) -> dict[str, str]:
     missing = [user for user in users if user not in known]
     if missing:
         known |= {user: secrets.token_urlsafe(32) for user in missing}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(known, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        with replaced(path) as file:
+            file.write(json.dumps(known, indent=2).encode("ascii") + b"\n")
     return known

@@ -216,18 +216,20 @@ def read_head(file: IO[bytes], **notes: Any) -> Head:
 def decode(content: bytes, **notes: Any) -> Manifest:
     """Read a whole manifest; `notes` are the repository's own fields."""
     document = _parse(content)
-    try:
-        entries = tuple(_entry_from_json(item) for item in document.pop("entries"))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SnapshotError("“manifest.json” has a broken list of entries") from error
-    return Manifest(**_head_from_json(document), entries=entries, **notes)
+    entries = document.pop("entries", None)
+    if not isinstance(entries, list) or not all(type(entry) is Entry for entry in entries):
+        raise SnapshotError("“manifest.json” has a broken list of entries")
+    return Manifest(**_head_from_json(document), entries=tuple(entries), **notes)
 
 
 def _parse(content: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(content)
+        # Made while it is read: a hundred thousand entries are never all there as dictionaries.
+        document = json.loads(content, object_hook=_entry_or_other)
     except (ValueError, RecursionError) as error:
         raise SnapshotError("“manifest.json” is not readable as JSON") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SnapshotError("“manifest.json” has a broken list of entries") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise SnapshotError("“manifest.json” has a format that this version does not know")
     return document
@@ -275,6 +277,10 @@ def _entry_line(entry: Entry) -> str:
     if entry.ctime_ns:
         line += f', "inode": {entry.inode}, "ctime_ns": {entry.ctime_ns}'
     return line + "}"
+
+
+def _entry_or_other(item: dict[str, Any]) -> Entry | dict[str, Any]:
+    return _entry_from_json(item) if "path" in item and "type" in item else item
 
 
 def _entry_from_json(item: dict[str, Any]) -> Entry:

@@ -7,6 +7,7 @@ import os
 import socket
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,6 +104,25 @@ def test_a_manifest_with_a_path_that_leaves_the_root_is_not_read(place: Place, p
     document["entries"][-1]["path"] = path
     with pytest.raises(SnapshotError, match="broken list of entries"):
         decode(json.dumps(document).encode())
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"type": None}, {"type": "door"}, {"size": "large"}, {"mode": None}, {"xattrs": ["user.x"]}, {"hardlink": 7},
+        {"xattrs": {"path": "SOUL.md", "type": "file"}}, "SOUL.md", 7, None,
+    ],
+)  # fmt: skip
+def test_a_manifest_with_an_entry_that_makes_no_sense_is_not_read(place: Place, broken: Any) -> None:
+    document = json.loads((place.repo.path(place.take().id) / "manifest.json").read_bytes())
+    last = document["entries"][-1]
+    for entries in (
+        [*document["entries"], last | broken if isinstance(broken, dict) else broken],
+        [{key: value for key, value in last.items() if key != "type"}],
+        last,
+    ):
+        with pytest.raises(SnapshotError):
+            decode(json.dumps(document | {"entries": entries}).encode())
 
 
 def test_what_stood_there_is_kept_as_evidence(place: Place) -> None:

@@ -17,7 +17,7 @@ from backup_worker.maintenance import drill, lookout, scrub
 from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
-from backup_worker.snapshots import Head
+from backup_worker.snapshots import Head, newest
 from em_bridge import streams
 from em_bridge.monitor import read_states
 
@@ -39,10 +39,7 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
     config = runtime.config
     zone = config.schedule.timezone
     heads = runtime.repository.snapshots()
-    newest: dict[tuple[str, str], Any] = {}
-    for head in heads:
-        if head.is_good:
-            newest[head.agent, head.tier] = head
+    newest_good = newest(head for head in heads if head.is_good)
     overdue = lookout.missing_backups(runtime, now, heads)
     stale = lookout.stale_backups(config, heads, now)
     undrilled = drill.overdue(config, runtime.repository, heads, now)
@@ -51,7 +48,7 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
     for agent in config.agents:
         tiers = {}
         for name in config.schedule.tiers:
-            good = newest.get((agent, name))
+            good = newest_good.get((name, agent))
             late = overdue.get((name, agent))
             tiers[name] = {
                 "newest_good": good.id if good else None,
@@ -124,7 +121,6 @@ def _scrubbed(runtime: Runtime, heads: Sequence[Head], now: float) -> dict[str, 
 
 def _live(runtime: Runtime, now: float) -> dict[str, Any]:
     client = runtime.redis
-    store = IncidentStore(client)
     waiting = backpressure.lengths(client)
     pause = breakers.paused(client, now)
     return {
@@ -134,7 +130,7 @@ def _live(runtime: Runtime, now: float) -> dict[str, Any]:
         "lag_s": lookout.oldest_waiting(runtime, now),
         "memory": _memory(client),
         "dead_letters": int(client.xlen(streams.DEAD_LETTER)),
-        "incidents": [store.get(incident_id).summary() for incident_id in store.open_ids().values()],
+        "incidents": [one.summary() for one in IncidentStore(client).open_incidents()],
         "alerts": open_alerts(client, now),
         "receivers": receivers(runtime),
     }

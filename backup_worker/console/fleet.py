@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from backup_worker import alerts, hosts, proofs, queues, schedule
+from backup_worker import alerts, backpressure, hosts, proofs, queues, schedule
 from backup_worker.config import AgentConfig, Tier
 from backup_worker.console.beats import Bars
 from backup_worker.console.drift import Drift
 from backup_worker.console.live import View
 from backup_worker.maintenance import lookout
 from backup_worker.recovery.incident import Incident, IncidentStore
+from backup_worker.snapshots import Head, newest
 from em_bridge import streams
 from em_bridge.monitor import read_states
 
 if TYPE_CHECKING:
     from redis import Redis
-
-    from backup_worker.snapshots import Head
 
 ALIVE, DEGRADED, DEAD, UNKNOWN = "ALIVE", "DEGRADED", "DEAD", "UNKNOWN"
 TONES = ("bad", "warn", "none", "good")
@@ -107,18 +106,12 @@ class Fleet:
     dead_letters: int | None = None
 
 
-def open_incidents(client: Redis) -> dict[str, Incident]:
-    """Return the open incident of each agent that has one."""
-    store = IncidentStore(client)
-    return {agent: store.get(identifier) for agent, identifier in store.open_ids().items()}
-
-
 def queue_lengths(client: Redis) -> dict[str, int]:
     """Return how many jobs wait in each queue that exists, the three of every installation first."""
     stored: Any = client.smembers("rq:queues")
     others = sorted(name.decode(errors="replace").removeprefix("rq:queue:") for name in stored)
     names = dict.fromkeys([*queues.QUEUES, *others])
-    return {name: int(client.llen(f"rq:queue:{name}")) for name in names}
+    return backpressure.lengths(client, list(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +145,12 @@ def look(view: View) -> Fleet:
     """Gather what is known now."""
     config, now, zone = view.config, view.now, view.zone
     states = view.known(read_states, {})
-    incidents = view.known(open_incidents, {})
+    incidents = {
+        one.agent: one for one in view.known(lambda client: IncidentStore(client).open_incidents(), [])
+    }
     overdue = lookout.missing_backups(view.runtime, now, view.heads)
     failing = view.runtime.repository.failing()
-    good, newest = newest_of(view.heads)
+    good, last = newest(head for head in view.heads if head.is_good), newest(view.heads)
     grace_s = config.schedule.limits.overdue_minutes * 60
     limits = {name: age_limit_s(tier, zone, grace_s, now) for name, tier in config.schedule.tiers.items()}
     needed_by: dict[str, list[str]] = {}
@@ -166,8 +161,8 @@ def look(view: View) -> Fleet:
     for name, agent in config.agents.items():
         cells = tuple(
             TierCell(
-                tier, good.get((name, tier)), newest.get((name, tier)),
-                now - good[name, tier].created_at if (name, tier) in good else None,
+                tier, good.get((tier, name)), last.get((tier, name)),
+                now - good[tier, name].created_at if (tier, name) in good else None,
                 limits[tier], overdue[tier, name].slot if (tier, name) in overdue else None, (name, tier) in failing,
             )
             for tier in config.schedule.tiers
@@ -220,19 +215,6 @@ def next_runs(view: View) -> tuple[tuple[str, Tier, float | None], ...]:
         (name, tier, schedule.next_run(tier, view.zone, view.now) if tier.cron else None)
         for name, tier in view.config.schedule.tiers.items()
     )
-
-
-def newest_of(
-    heads: Iterable[Head],
-) -> tuple[dict[tuple[str, str], Head], dict[tuple[str, str], Head]]:
-    """Return by (agent, tier) the newest good snapshot, and the newest of any kind; `heads` are oldest first."""
-    good: dict[tuple[str, str], Head] = {}
-    newest: dict[tuple[str, str], Head] = {}
-    for head in heads:
-        newest[head.agent, head.tier] = head
-        if head.is_good:
-            good[head.agent, head.tier] = head
-    return good, newest
 
 
 def status_of(head: Head) -> str:

@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 from backup_worker import alerts, due, schedule
 from backup_worker.config import Config
 from backup_worker.runtime import Runtime
-from backup_worker.snapshots import Head
+from backup_worker.snapshots import Head, newest
 from backup_worker.units import size
 from em_bridge import streams
 
@@ -51,11 +51,13 @@ def missing_backups(
     was announced in its place.
     """
     grace_s = runtime.config.schedule.limits.overdue_minutes * 60
-    newest: dict[tuple[str, str], float] = {}
-    for head in runtime.repository.snapshots() if heads is None else heads:
-        newest[head.tier, head.agent] = head.created_at
+    last = newest(runtime.repository.snapshots() if heads is None else heads)
     due_by_now = schedule.due(runtime.config, (), now - grace_s)
-    missing = [late for late in due_by_now if newest.get((late.tier, late.agent), 0.0) < late.fire_at]
+    missing = [
+        late
+        for late in due_by_now
+        if (head := last.get((late.tier, late.agent))) is None or head.created_at < late.fire_at
+    ]
     announced: list[Any] = [None] * len(missing)
     if runtime.client is not None and missing:
         newer = {(one.tier, one.agent): one for one in schedule.due(runtime.config, (), now)}
@@ -178,13 +180,13 @@ def _tell_of_stuck(runtime: Runtime, now: float) -> float:
 
 def _let_go(runtime: Runtime, heads: Sequence[Head], now: float) -> None:
     """Close what a later snapshot has made good (one made by hand knows nothing of alerts), and what is forgotten."""
-    newest = {f"{head.tier}/{head.agent}": head for head in heads}
+    last = newest(heads)
     config = runtime.config
     for one in alerts.open_alerts(runtime.redis):
         kind, _, place = one.key.partition("/")
         if kind in ("failed", "suspect"):
             tier, _, agent = place.partition("/")
-            head = newest.get(place)
+            head = last.get((tier, agent))
             later = head is not None and head.created_at > one.last_at and (kind == "failed" or head.is_good)
             if later or agent not in config.agents or tier not in config.schedule.tiers:
                 runtime.resolve(one.key)

@@ -22,7 +22,7 @@ import msgpack
 from backup_worker import schedule, slots
 from backup_worker.config import Config
 from backup_worker.runtime import Runtime
-from backup_worker.snapshots import Head
+from backup_worker.snapshots import Head, newest
 from backup_worker.units import counted
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def plan(
     now: float,
 ) -> list[Ping]:
     """Return what is to be told at `now`. Pure; `failed` are the slots (`tier/slot/agent`) of which a try failed."""
-    newest = {(head.tier, head.agent): head for head in heads}
+    last = newest(heads)
     wanted = []
     for name, tier in config.schedule.tiers.items():
         if tier.ping is None or tier.cron is None or not config.agents:
@@ -88,7 +88,7 @@ def plan(
         state = states.get(name, State())
         said = state.said if state.slot == slot else ""
         here = {
-            agent: head for (of, agent), head in newest.items() if of == name and head.created_at >= fire_at
+            agent: head for (of, agent), head in last.items() if of == name and head.created_at >= fire_at
         }
         missing = [agent for agent in config.agents if agent not in here]
         unsound = [head for agent, head in here.items() if agent in config.agents and not head.is_good]

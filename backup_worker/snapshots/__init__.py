@@ -28,6 +28,7 @@ from backup_worker.snapshots.state import (
     all_states,
     compare,
     good_heads,
+    newest,
     plan_restore,
 )
 from backup_worker.snapshots.swap import finish_interrupted
@@ -67,6 +68,7 @@ __all__ = [
     "good_heads",
     "heal_snapshot",
     "keep_evidence",
+    "newest",
     "plan_prune",
     "plan_restore",
     "plan_retention",

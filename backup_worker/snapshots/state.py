@@ -152,6 +152,11 @@ def all_states(repo: Repository, agent: AgentFiles) -> list[RestorePlan]:
     return states
 
 
+def newest(heads: Iterable[Head]) -> dict[tuple[str, str], Head]:
+    """Return (tier, agent) -> the last of its snapshots in `heads`, which are the oldest first. Pure."""
+    return {(head.tier, head.agent): head for head in heads}
+
+
 def good_heads(repo: Repository, agent: str, as_of: float | None = None) -> list[Head]:
     """Return what a state as of `as_of` may come from, oldest first. Raises NotFound if that is nothing."""
     heads = [h for h in repo.snapshots(agent) if h.is_good and (as_of is None or h.created_at <= as_of)]

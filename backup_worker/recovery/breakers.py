@@ -12,7 +12,7 @@ resume is forgiven.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
 
@@ -71,6 +71,21 @@ def resume(client: Redis, now: float) -> Pause | None:
         pipeline.set(_FORGIVEN, repr(now))
         pipeline.execute()
     return known
+
+
+def end_in_time(client: Redis, now: float) -> Pause | None:
+    """End the pause if its time is over at `now`, and return it; one that comes meanwhile stays."""
+
+    def attempt(pipe: Any) -> Pause | None:
+        known = stored(pipe)
+        is_over = known is not None and known.until is not None and known.until <= now
+        pipe.multi()
+        if is_over:
+            pipe.delete(_PAUSE)
+            pipe.set(_FORGIVEN, repr(now))
+        return known if is_over else None
+
+    return cast("Pause | None", cast(Any, client).transaction(attempt, _PAUSE, value_from_callable=True))
 
 
 def stored(client: Redis) -> Pause | None:

@@ -150,20 +150,24 @@ class RecoveryService:
         """Let recovery go on, what was held first; return the pause that is over, None if there was none."""
         now = streams.server_time(self.runtime.redis)
         ended = breakers.resume(self.runtime.redis, now)
+        self._go_on(ended, by, now)
+        return ended
+
+    def _go_on(self, ended: Pause | None, by: str, now: float) -> None:
         # Also without a pause: whoever ended it may have died before this.
         self.store.wake(FENCE, now)
         self.runtime.resolve(PAUSED_ALERT)
         if ended is not None:
             self.runtime.record("recovery-resumed", by=by, since=ended.since, reason=ended.reason)
-        return ended
 
     def end_pause_in_time(self) -> None:
         """Resume if the time of the pause is over."""
         known = breakers.stored(self.runtime.redis)
         if known is not None and known.until is not None:
             now = streams.server_time(self.runtime.redis)
-            if breakers.paused(self.runtime.redis, now) is None:
-                self.resume("its time was over")
+            ended = breakers.end_in_time(self.runtime.redis, now)
+            if ended is not None:
+                self._go_on(ended, "its time was over", now)
 
     def _trip(self, reason: str) -> Pause:
         return self.pause(breakers.BREAKER, reason)

@@ -158,11 +158,16 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"“{name}” is not a JSON number")
 
 
+_KEY_SHOWN = 80
+"""Characters of a key: what is wrong goes into alerts, the record and the manifest's head."""
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for key, value in pairs:
         if key in keys:
-            raise ValueError(f"the key “{key}” is there twice")
+            shown = key if len(key) <= _KEY_SHOWN else key[:_KEY_SHOWN] + "…"
+            raise ValueError(f"the key “{shown}” is there twice")
         keys[key] = value
     return keys
 

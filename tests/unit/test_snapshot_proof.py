@@ -160,6 +160,14 @@ def test_nonsense_is_stored_but_suspect(place: Place, path: str, content: str | 
     assert verify_snapshot(place.repo, made.id, NOON) == []
 
 
+def test_a_key_of_any_length_does_not_become_a_problem_of_that_length(place: Place) -> None:
+    # The problem goes into an alert, the record and the manifest's head.
+    long = "k" * 100_000
+    place.write("weights.json", f'{{"{long}": 1, "{long}": 2}}')
+    (problem,) = place.take().problems
+    assert problem.problem == f"not valid JSON: the key “{'k' * 80}…” is there twice"
+
+
 def test_an_unchanged_poison_stays_suspect(place: Place) -> None:
     place.write("skills/greet.py", "def broken(:\n")
     place.take(slot="1", unchanged="link")

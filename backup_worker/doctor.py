@@ -23,9 +23,9 @@ from backup_worker.recovery.adapters import adapter_for
 from backup_worker.units import counted
 from em_bridge import connection
 from em_bridge.errors import AgentBackupError, ConfigError
+from em_bridge.events import EM
 
 OLDEST_MAJOR = {"redis": 7, "valkey": 8}
-EM = "em"
 _SKEW_S = 5.0
 _SANE_SINCE = datetime(2025, 1, 1, tzinfo=UTC).timestamp()
 

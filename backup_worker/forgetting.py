@@ -9,7 +9,7 @@ from __future__ import annotations
 from backup_worker import proofs
 from backup_worker.approval.approved import ApprovedStates
 from backup_worker.snapshots import Repository
-from backup_worker.snapshots.scope import AGENT_ID
+from em_bridge.fields import AGENT_ID
 
 PROOF = "when a restore of it was last proven"
 APPROVED = "the approved state of its files"

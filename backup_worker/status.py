@@ -5,7 +5,7 @@ Read-only. What Redis knows is left out, not guessed, while Redis is away; the a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
@@ -39,29 +39,12 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
     config = runtime.config
     zone = config.schedule.timezone
     heads = runtime.repository.snapshots()
-    newest_good = newest(head for head in heads if head.is_good)
     overdue = lookout.missing_backups(runtime, now, heads)
     stale = lookout.stale_backups(config, heads, now)
     undrilled = drill.overdue(config, runtime.repository, heads, now)
-    states = read_states(runtime.client) if runtime.client is not None else {}
-    agents = []
-    for agent in config.agents:
-        tiers = {}
-        for name in config.schedule.tiers:
-            good = newest_good.get((name, agent))
-            late = overdue.get((name, agent))
-            tiers[name] = {
-                "newest_good": good.id if good else None,
-                "age_s": now - good.created_at if good else None,
-                "overdue": late.slot if late else None,
-                "stale": (name, agent) in stale,
-            }
-        drilled = _drilled(runtime, agent, now) | {"overdue": agent in undrilled}
-        state = states.get(agent.lower(), {}).get("state")
-        agents.append({"agent": agent, "state": state, "tiers": tiers, "drill": drilled})
     result: dict[str, Any] = {
         "at": now,
-        "agents": agents,
+        "agents": _agents(runtime, heads, overdue, stale, undrilled, now),
         "next_runs": {
             name: schedule.next_run(tier, zone, now) if tier.cron else None
             for name, tier in config.schedule.tiers.items()
@@ -91,6 +74,35 @@ def overview(runtime: Runtime, now: float) -> dict[str, Any]:
 def is_late(facts: dict[str, Any]) -> bool:
     """Tell whether a backup, the proof of a restore or a verification is overdue in what `overview` returned."""
     return bool(facts["overdue"] or facts["stale"] or facts["drills_overdue"] or facts["scrub"]["overdue"])
+
+
+def _agents(
+    runtime: Runtime,
+    heads: Sequence[Head],
+    overdue: Mapping[tuple[str, str], schedule.Due],
+    stale: Collection[tuple[str, str]],
+    undrilled: Collection[str],
+    now: float,
+) -> list[dict[str, Any]]:
+    """Return each agent with how it is judged, its newest good snapshot in each tier, and its last drill."""
+    newest_good = newest(head for head in heads if head.is_good)
+    states = read_states(runtime.client) if runtime.client is not None else {}
+    agents = []
+    for agent in runtime.config.agents:
+        tiers = {}
+        for name in runtime.config.schedule.tiers:
+            good = newest_good.get((name, agent))
+            late = overdue.get((name, agent))
+            tiers[name] = {
+                "newest_good": good.id if good else None,
+                "age_s": now - good.created_at if good else None,
+                "overdue": late.slot if late else None,
+                "stale": (name, agent) in stale,
+            }
+        drilled = _drilled(runtime, agent, now) | {"overdue": agent in undrilled}
+        state = states.get(agent.lower(), {}).get("state")
+        agents.append({"agent": agent, "state": state, "tiers": tiers, "drill": drilled})
+    return agents
 
 
 def _drilled(runtime: Runtime, agent: str, now: float) -> dict[str, Any]:

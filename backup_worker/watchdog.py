@@ -18,13 +18,12 @@ from backup_worker.services import every, stopped_by_signals
 from em_bridge import connection, streams
 from em_bridge.detector import Detector, Transition
 from em_bridge.errors import InvalidEvent
-from em_bridge.events import DEAD, AgentState, Heartbeat, decode
+from em_bridge.events import DEAD, EM, AgentState, Heartbeat, decode
 from em_bridge.lease import Lease, new_holder, process_is_gone
 from em_bridge.monitor import write_record
 
 log = logging.getLogger(__name__)
 
-EM = "em"
 TICK_S = 0.5
 LEASE_S = 5.0
 

@@ -15,9 +15,9 @@ from typing import Final
 
 from em_bridge import fields
 from em_bridge.errors import UsageError
+from em_bridge.events import EM
 
 AGENT: Final = "agent"
-EM: Final = "em"
 ROLES: Final = (EM, "dispatcher", "worker", "scheduler", "watchdog", "console", "operator")
 """The roles of which there is one user each, with the role's name; agents have one user each, `agent-<name>`."""
 

@@ -30,6 +30,8 @@ DEAD: Final = "DEAD"
 STATES: Final = (ALIVE, DEGRADED, DEAD)
 
 INBOX_PREFIX: Final = "em:inbox:"
+EM: Final = "em"
+"""The agent id of the execution manager."""
 
 
 class Event:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from backup_worker.units import age as age
 from backup_worker.units import moment as moment
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     from backup_worker.history import History
     from backup_worker.runtime import Runtime
     from backup_worker.snapshots import Repository
+
+ByOption = Annotated[
+    str | None,
+    typer.Option("--by", metavar="WHO", help="Who says so; default: the user you are logged in as."),
+]
 
 
 def redis_url_for(config: Config, url: str | None) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backup_worker.cli._common import ByOption
 from backup_worker.units import counted
 from em_bridge import clock
 from em_bridge.errors import UsageError
@@ -16,11 +17,6 @@ from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUr
 
 if TYPE_CHECKING:
     from backup_worker.runtime import Runtime
-
-ByOption = Annotated[
-    str | None,
-    typer.Option("--by", metavar="WHO", help="Who says so; default: the user you are logged in as."),
-]
 
 
 def add_commands(app: typer.Typer) -> None:

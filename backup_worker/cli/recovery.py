@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backup_worker.cli import _completion
+from backup_worker.cli._common import ByOption
 from em_bridge import clock
 from em_bridge.errors import NotFound, UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, RedisUrlOption, emit, fail
@@ -173,12 +174,6 @@ def incidents(
     zone = runtime.config.schedule.timezone
     summaries = [one.summary() for one in found]
     emit(summaries, as_json=as_json, render=lambda rows: _print(rows, zone, with_steps=incident is not None))
-
-
-ByOption = Annotated[
-    str | None,
-    typer.Option("--by", metavar="WHO", help="Who says so; default: the user you are logged in as."),
-]
 
 
 def pause_recovery(

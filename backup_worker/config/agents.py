@@ -1,4 +1,4 @@
-"""The shape of agents.json, as `models` is of the schedule: who is backed up, started and recovered, and how."""
+"""The shape of agents.json, as `schedule` is of the other file: who is backed up, started and recovered, and how."""
 
 from __future__ import annotations
 

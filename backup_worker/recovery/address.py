@@ -12,8 +12,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from backup_worker.config import Config
-from em_bridge.acl import AGENT, EM, user_name
+from em_bridge.acl import AGENT, user_name
 from em_bridge.errors import AgentBackupError
+from em_bridge.events import EM
 
 
 def redis_url_of(agent: str, config: Config, ours: str) -> str:

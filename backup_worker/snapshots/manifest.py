@@ -18,8 +18,9 @@ from functools import lru_cache
 from typing import IO, Any, Literal, NamedTuple
 
 from backup_worker.snapshots.errors import SnapshotError, printable
-from backup_worker.snapshots.scope import AGENT_ID, Scope
+from backup_worker.snapshots.scope import Scope
 from em_bridge.errors import NotFound
+from em_bridge.fields import AGENT_ID
 
 Status = Literal["good", "suspect", "partial"]
 Kind = Literal["file", "dir", "link"]

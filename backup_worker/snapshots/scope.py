@@ -15,8 +15,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from em_bridge.errors import UsageError
+from em_bridge.fields import AGENT_ID
 
-AGENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 WORKSHOP = ".agent-backup-restore"
 """Folder of a restore under way (beside its target: with `-` and the target's name); never part of a snapshot."""
 

@@ -165,8 +165,10 @@ class History:
             os.fsync(file)
         except OSError:
             # A line that may or may not be on disk would be repeated by a caller who tries again: take it back.
+            # What was torn goes back: it may not go before the line that says so is there.
             with contextlib.suppress(OSError):
                 os.ftruncate(file, sound)
+                _write_all(file, torn if sound != size else b"")
             raise
         return written[1:] if found else written
 

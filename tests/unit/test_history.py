@@ -209,8 +209,11 @@ def test_writers_killed_anywhere_leave_a_record_that_the_next_one_mends(history:
     assert report.lines > last
 
 
-def test_a_full_disk_leaves_the_record_as_it_was(history: History) -> None:
-    whole = fill(history, 3)
+@pytest.mark.parametrize("torn", [b"", b'{"seq":4,"at"', b"x" * 500])
+def test_a_full_disk_leaves_the_record_as_it_was(history: History, torn: bytes) -> None:
+    # Torn bytes used to be cut off before the line that says so was written: they were gone without a word.
+    whole = fill(history, 3) + torn
+    history.path.write_bytes(whole)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # A limit on the file's size fails as a full disk does: in the middle of the write.
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -224,7 +227,8 @@ def test_a_full_disk_leaves_the_record_as_it_was(history: History) -> None:
     assert caught.value.retryable
     assert history.path.read_bytes() == whole
     history.append("backup", now=1.0, agent="z")
-    assert history.verify().lines == 4
+    assert history.verify().lines == 4 + bool(torn)
+    assert [line["removed_bytes"] for line in history.read(HEALED)] == ([len(torn)] if torn else [])
 
 
 def test_a_disk_without_a_byte_left_is_a_clear_error() -> None:

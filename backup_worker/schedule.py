@@ -70,8 +70,19 @@ def next_run(tier: Tier, timezone: str, now: float) -> float:
 
 
 def slot_name(tier: Tier, timezone: str, at: float) -> str:
-    """Return the name of the slot that a run at `at` fills, in the schedule's time zone."""
-    return _local(at, timezone).strftime(tier.slot)
+    """Return the name of the slot that a run at `at` fills, in the schedule's time zone.
+
+    Where the clock shows an hour twice and the tier runs in both, the second run's name ends in `-2`, unless the
+    pattern tells them apart.
+    """
+    local = _local(at, timezone)
+    name = local.strftime(tier.slot)
+    if tier.cron is None or not local.fold:
+        return name
+    first = local.replace(fold=0).timestamp()
+    runs_twice = all(previous_fire(tier.cron, timezone, fire) == fire for fire in (first, at))
+    is_same = _local(first, timezone).strftime(tier.slot) == name
+    return f"{name}-2" if runs_twice and is_same else name
 
 
 def _cron(tier: Tier) -> str:

@@ -110,6 +110,18 @@ def test_an_hourly_run_keeps_its_pace_through_both_changes() -> None:
         assert {later - earlier for earlier, later in pairwise(fires)} == {3600}
 
 
+def test_both_runs_of_an_hour_that_the_clock_shows_twice_have_a_slot_of_their_own() -> None:
+    # They had one name: the second backup was never made, and never missed.
+    first, second = at("2026-10-25 02:15", fold=0), at("2026-10-25 02:15", fold=1)
+    hourly = tier("15 * * * *", "%Y-%m-%dT%H")
+    assert [slot_name(hourly, OSLO, fire) for fire in (first, second)] == ["2026-10-25T02", "2026-10-25T02-2"]
+    assert slot_name(hourly, OSLO, second + 3600) == "2026-10-25T03"
+    assert slot_name(tier("15 * * * *", "%Y-%m-%dT%H%Z"), OSLO, second) == "2026-10-25T02CET"
+    # What runs once only has one name, whenever it is asked for.
+    assert slot_name(tier("15 2 * * *", "%Y-%m-%d"), OSLO, second) == "2026-10-25"
+    assert slot_name(tier("15 * * * *", "%Y-%m-%dT%H"), "UTC", second) == "2026-10-25T01"
+
+
 def test_a_week_is_named_by_the_year_that_it_belongs_to() -> None:
     weekly = CONFIG.tier("weekly")
     assert slot_name(weekly, OSLO, at("2027-01-03 23:00")) == "2026-W53"

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,17 @@ PARTS = {
     "backup": ("worker", "--queue", "backup", "--processes", "1"),
     "maintenance": ("worker", "--queue", "maintenance", "--processes", "1"),
 }
+
+
+def wait_until_at_work(parts: Mapping[str, Part]) -> None:
+    for word, name in (
+        ("dispatching", "dispatcher"),
+        ("scheduling", "scheduler"),
+        ("watching", "watchdog"),
+        ("working on", "backup"),
+        ("working on", "maintenance"),
+    ):
+        parts[name].says(word, 40)
 
 
 @dataclass
@@ -80,6 +91,7 @@ def test_a_promoted_replica_is_found_by_every_part_and_nothing_happens_twice(
         parts = {name: Part(fleet.folder, *words, env=env) for name, words in PARTS.items()}
         for part in parts.values():
             stack.callback(part.close)
+        wait_until_at_work(parts)
         z = stack.enter_context(Agent("z", url, outbox=tmp_path / "z"))
         jay = stack.enter_context(Agent("jay", url, outbox=tmp_path / "jay"))
         until(lambda: connect(url).sismember(streams.SEEN, "jay"), 20)
@@ -217,12 +229,7 @@ def test_every_part_outlives_a_primary_that_becomes_a_replica_for_a_moment(
         parts = {name: Part(fleet.folder, *words, env=env) for name, words in PARTS.items()}
         for part in parts.values():
             stack.callback(part.close)
-        for word, name in (
-            ("dispatching", "dispatcher"),
-            ("working on", "backup"),
-            ("working on", "maintenance"),
-        ):
-            parts[name].says(word)
+        wait_until_at_work(parts)
         time.sleep(1)
         # To a server that is not there: nothing is copied from it, and nothing is lost.
         client.replicaof("127.0.0.1", free_port())

@@ -93,7 +93,7 @@ def test_sentinels_that_are_gone_hold_up_nobody(sentinels: Sentinels) -> None:
         watcher.kill()
     begun = time.monotonic()
     connect(sentinels.url, retrying=False).ping()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 4
 
 
 def test_a_primary_whose_replica_is_dead_works_alone(sentinels: Sentinels) -> None:
@@ -123,7 +123,7 @@ def test_a_primary_that_was_deposed_while_nobody_told_it_confirms_nothing(
 ) -> None:
     monkeypatch.setattr(replicas, "WAIT_MS", 100)
     client = connect(sentinels.url, retrying=False)
-    assert publish(client)
+    assert until(lambda: publish(client))
     old = sentinels.primary
     old.freeze()
     until(lambda: sentinels.primary is not old, 30)

@@ -145,9 +145,10 @@ def history_page() -> str:
 
 
 KINDS = (
-    "action", "agent-state", "alert", "alert-delivery", "alert-resolved", "backup", "backup-failed", "change", "config",
-    "dead-letter", "drill", "job-failed", "prune", "recovery", "recovery-paused", "recovery-resumed", "restore",
-    "revert", "silence", "verify",
+    "action", "agent-state", "alert", "alert-delivery", "alert-resolved", "approved-state", "backup", "backup-failed",
+    "change", "config", "dead-letter", "drill", "forget", "heal", "history-healed", "history-lost", "job-failed", "pin",
+    "ping", "prune", "recovery", "recovery-paused", "recovery-resumed", "restore", "revert", "silence",
+    "silence-ended", "unapproved", "unpin", "verify",
 )  # fmt: skip
 
 

@@ -1,13 +1,14 @@
-"""The end of the record, read backwards: every line once, in order, whatever falls between two blocks."""
+"""The end of the record, read backwards: every line once, in order, whatever falls between two blocks, of any kind."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from backup_worker.console import record
+from backup_worker.console import pages, record
 from backup_worker.console.record import Wanted, newest
 from backup_worker.history import History
 
@@ -110,3 +111,11 @@ def test_a_record_of_several_files_is_one(tmp_path: Path, count: int) -> None:
 )
 def test_a_place_that_is_none_means_the_end(path: Path, before: str) -> None:
     assert newest([path], Wanted(), count=1, before=before).lines[0]["seq"] == 300
+
+
+def test_every_kind_of_line_that_is_written_can_be_chosen_on_the_page() -> None:
+    writes = re.compile(r'\b(?:record|record_once|history\.append)\(\s*(?:[\w.]+,\s*)?"([a-z-]+)"')
+    files = Path(pages.__file__).parents[1].rglob("*.py")
+    written = {kind for file in files for kind in writes.findall(file.read_text())}
+    assert {"backup", "prune", "silence-ended", "forget"} <= written
+    assert written - set(pages.KINDS) == set()

@@ -19,7 +19,8 @@ from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, JsonOption, emit, f
 
 if TYPE_CHECKING:
     from backup_worker.config import Config
-    from backup_worker.snapshots import Manifest
+    from backup_worker.history import History
+    from backup_worker.snapshots import Manifest, Repository
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -219,20 +220,30 @@ def verify(
 
     Example: `backup-worker verify weekly/2026-W48/z --heal`
     """
-    from backup_worker.cli._progress import shown
-    from backup_worker.snapshots import Sources, heal_snapshot, verify_snapshot
-    from backup_worker.snapshots.manifest import split_id
-
     _, repo, history = opened(config)
     wanted = list(dict.fromkeys(snapshots)) if snapshots else repo.ids()
     for identifier in wanted:
         if not repo.path(identifier).is_dir():
             raise NotFound(f"there is no snapshot “{identifier}”", hint="see `backup-worker list`")
+    result = _read_again(repo, history, wanted, heal=heal, quiet=as_json)
+    emit(result, as_json=as_json, render=_print_verified)
+    if result["bad"]:
+        raise typer.Exit(1)
+
+
+def _read_again(
+    repo: Repository, history: History, wanted: list[str], *, heal: bool, quiet: bool
+) -> dict[str, Any]:
+    """Prove each snapshot, after mending it with `heal`, and put it on the record; return `ok`, `bad`, and `healed`."""
+    from backup_worker.cli._progress import shown
+    from backup_worker.snapshots import Sources, heal_snapshot, verify_snapshot
+    from backup_worker.snapshots.manifest import split_id
+
     good: list[str] = []
     bad: list[dict[str, str]] = []
     healed: list[dict[str, str]] = []
     sources = Sources(repo)
-    for identifier in shown(wanted, "verifying", quiet=as_json):
+    for identifier in shown(wanted, "verifying", quiet=quiet):
         now = clock.now()
         agent = split_id(identifier)[2]
         if heal:
@@ -247,13 +258,7 @@ def verify(
         else:
             good.append(identifier)
         history.append("verify", now=now, id=identifier, agent=agent, ok=not problems)
-    emit(
-        {"ok": good, "bad": bad} | ({"healed": healed} if heal else {}),
-        as_json=as_json,
-        render=_print_verified,
-    )
-    if bad:
-        raise typer.Exit(1)
+    return {"ok": good, "bad": bad} | ({"healed": healed} if heal else {})
 
 
 def _print_verified(result: dict[str, Any]) -> None:

@@ -283,4 +283,4 @@ def _event(change: Transition) -> AgentState:
     return AgentState(change.agent, change.state, change.reason, change.at, change.incarnation)
 
 
-__all__ = ["Detector", "Monitor", "Transition", "read_record", "read_states", "write_record"]
+__all__ = ["Monitor", "read_record", "read_states", "write_record"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import heapq
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +142,21 @@ def _deposing(client: redis.Redis, name: str) -> Iterator[Lease]:
     lease = Lease(client, name, holder=new_holder(), ttl_s=LEASE_TTL_S)
     if lease.acquire(gone=lambda holder: True) is None:
         raise AgentBackupError(f"the lease “{name}” was taken by somebody else just now", hint="try again")
+    over = threading.Event()
+
+    def hold() -> None:
+        while not over.wait(LEASE_TTL_S / 3):
+            # If it is lost all the same, the import's own writes are refused, and say so.
+            with contextlib.suppress(redis.RedisError, OSError):
+                lease.renew()
+
+    holding = threading.Thread(target=hold, name="import-lease", daemon=True)
+    holding.start()
     try:
         yield lease
     finally:
+        over.set()
+        holding.join()
         lease.release()
 
 
@@ -204,7 +217,6 @@ class _Import:
             yield f"{last[0]}-{last[1]}", fields
 
     def _stage(self, batch: list[Row]) -> None:
-        self._lease.renew()
         args: list[Arg] = []
         for entry, fields in batch:
             args += (entry, len(fields), *(part for pair in fields.items() for part in pair))
@@ -231,7 +243,6 @@ class _Import:
 
     def route_from(self, routed: str) -> None:
         """Put the router to where it was; what is in the inboxes meanwhile is known to have been delivered."""
-        self._lease.renew()
         self._run(_ROUTE_FROM, (MESSAGES,), (ROUTER_GROUP, routed))
 
     def _run(self, script: Script, keys: Iterable[str], args: Iterable[Arg]) -> object:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 
-from em_bridge import Agent, ExecutionManager, logfile, messages, streams
+from em_bridge import Agent, ExecutionManager, importer, logfile, messages, replay, streams
 from em_bridge.connection import connect
 from em_bridge.errors import AgentBackupError, NotFound
 from em_bridge.events import Message, decode, encode
@@ -400,3 +400,26 @@ def test_the_manager_exports_below_its_root(valkey: ValkeyServer, tmp_path: Path
         eventually(lambda: _exported(tmp_path / "message-log") == 1)
     # A manager that ended lets the next one go on.
     Exporter(valkey.client(), tmp_path / "message-log").close()
+
+
+def test_an_import_holds_its_lease_however_long_the_plan_takes(
+    valkey: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = valkey.client()
+    send(client, "z", "jay", b"0")
+    export(valkey, tmp_path / "log")
+    client.flushall()
+    plan = replay.plan_replay
+
+    def slow(*args: Any) -> Any:
+        # As with a log of millions: the lease used to run out here, so that the import never came to its end.
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            assert Lease(client, "em", holder="another", ttl_s=5.0).acquire() is None
+            time.sleep(0.05)
+        return plan(*args)
+
+    monkeypatch.setattr(replay, "plan_replay", slow)
+    monkeypatch.setattr(importer, "LEASE_TTL_S", 0.6)
+    assert bring_back(valkey, tmp_path / "log").added == 1
+    assert client.get("em:lease:em") is None

@@ -150,7 +150,7 @@ def test_after_a_restart_of_the_console_an_open_page_follows_again(house: House,
     page.evaluate("window.untouched = true")
     consoles = [one for one in house.up.family() if "console" in one.cmdline()]
     assert len(consoles) == 1
-    with page.expect_response(lambda answer: "/events" in answer.url and answer.ok, timeout=40_000):
+    with page.expect_response(lambda answer: "/events" in answer.url and answer.ok, timeout=90_000):
         consoles[0].kill()
     # The page asks once when its stream opens; what is shown later was told by it.
     page.wait_for_timeout(1500)

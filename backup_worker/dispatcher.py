@@ -33,8 +33,8 @@ import redis.exceptions
 from rq.job import Retry
 from rq.queue import EnqueueData, Queue
 
-from backup_worker import backpressure, due, queues, retries
 from backup_worker.config.schedule import Limits
+from backup_worker.queueing import backpressure, due, queues, retries
 from em_bridge import clock, connection, events, streams
 from em_bridge.errors import AgentBackupError, InvalidEvent, RedisRefused
 

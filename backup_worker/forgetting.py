@@ -6,8 +6,8 @@ within its own limits of size and age: it tells of what was done, not of what co
 
 from __future__ import annotations
 
-from backup_worker import proofs
 from backup_worker.approval.approved import ApprovedStates
+from backup_worker.restoring import proofs
 from backup_worker.snapshots import Repository
 from em_bridge.fields import AGENT_ID
 

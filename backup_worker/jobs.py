@@ -14,15 +14,16 @@ from typing import Any
 from rq import get_current_job
 from rq.job import Job
 
-from backup_worker import backups, hosts, slots
+from backup_worker import backups, slots
 from backup_worker.alerts import refused_urls
 from backup_worker.approval import change_events, changes
 from backup_worker.config import ConfigWatch
 from backup_worker.maintenance import maintain
-from backup_worker.queues import ForeignJob
+from backup_worker.queueing import hosts
+from backup_worker.queueing.queues import ForeignJob
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.recovery.service import RecoveryService
-from backup_worker.restore_orders import Order, carry_out, preview
+from backup_worker.restoring.orders import Order, carry_out, preview
 from backup_worker.runtime import Runtime
 from em_bridge import clock, events, streams
 from em_bridge.errors import AgentBackupError, NotFound

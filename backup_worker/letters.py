@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from backup_worker import due
+from backup_worker.queueing import due
 from em_bridge import events, replay, streams
 from em_bridge.errors import AgentBackupError, InvalidEvent, NotFound, UsageError
 from em_bridge.scripts import Script

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from backup_worker.due import BackupDue
+from backup_worker.queueing.due import BackupDue
 from backup_worker.schedule import Due
 from em_bridge import streams
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
 
-from backup_worker import alerts, backpressure, proofs, schedule
+from backup_worker import alerts, schedule
 from backup_worker.alerts.receivers import scheme_of
 from backup_worker.config import SEVERITIES
 from backup_worker.maintenance import drill, lookout, scrub
+from backup_worker.queueing import backpressure
 from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import IncidentStore
+from backup_worker.restoring import proofs
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Head, newest
 from em_bridge import streams

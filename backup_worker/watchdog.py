@@ -14,7 +14,7 @@ from typing import Any
 
 from backup_worker.alerts import refused_urls
 from backup_worker.config import ConfigWatch
-from backup_worker.services import every, stopped_by_signals
+from backup_worker.running.services import every, stopped_by_signals
 from em_bridge import connection, streams
 from em_bridge.detector import Detector, Transition
 from em_bridge.errors import InvalidEvent

@@ -34,8 +34,8 @@ from rq.queue import Queue
 from rq.timeouts import JobTimeoutException
 from rq.worker import Worker
 
-from backup_worker import queues, retries
-from backup_worker.health import Mark
+from backup_worker.queueing import queues, retries
+from backup_worker.running.health import Mark
 from em_bridge import clock, parent
 from em_bridge.errors import AgentBackupError
 
@@ -196,7 +196,7 @@ class BackupWorker(Worker):
 class FailurePolicy:
     """RQ's exception handler: says whether and when a failed job runs again, and tells `on_last` of one that does not.
 
-    The rules are in `backup_worker.retries`.
+    The rules are in `backup_worker.queueing.retries`.
     """
 
     def __init__(self, on_last: Failure) -> None:

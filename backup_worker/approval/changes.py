@@ -24,7 +24,7 @@ import msgpack
 import redis.exceptions
 
 from backup_worker.approval import signatures
-from backup_worker.canonical import canonical
+from backup_worker.history.canonical import canonical
 from em_bridge import events, streams
 from em_bridge.errors import InvalidEvent, NotFound
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from backup_worker import hosts, queues
 from backup_worker.approval import guard
 from backup_worker.dispatcher import Job, rq_job
+from backup_worker.queueing import hosts, queues
 from backup_worker.runtime import Runtime
 from em_bridge.errors import AgentBackupError
 

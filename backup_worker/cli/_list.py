@@ -82,7 +82,7 @@ def _cells(head: Head, zone: str) -> tuple[str, ...]:
 def _proofs(repo: Repository, agents: list[str]) -> str:
     """Say when a restore of each agent was last proven by a drill; of many, only of how many, and the oldest."""
     from backup_worker.cli._common import age
-    from backup_worker.proofs import note_of
+    from backup_worker.restoring.proofs import note_of
 
     now = clock.now()
     notes = {agent: note_of(repo, agent) for agent in agents}

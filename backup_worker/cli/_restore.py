@@ -64,7 +64,7 @@ def restore(
     Example: `backup-worker restore z --as-of 2026-11-22 --dry-run`
     """
     from backup_worker.cli._many import lay_down
-    from backup_worker.restores import Restore
+    from backup_worker.restoring.restores import Restore
 
     settings, repo, history = opened(config)
     names = list(dict.fromkeys(agents))

@@ -41,8 +41,8 @@ def revert(
 
     Example: `backup-worker revert z --dry-run`
     """
-    from backup_worker.approval import revert as reverting
     from backup_worker.cli._common import try_runtime
+    from backup_worker.restoring import revert as reverting
 
     runtime, _ = try_runtime(config, redis_url)
     if dry_run:
@@ -62,7 +62,7 @@ def revert(
 
 
 def _print(result: dict[str, Any]) -> None:
-    from backup_worker.approval.revert import describe
+    from backup_worker.restoring.revert import describe
 
     if not result["files"]:
         typer.echo(f"{result['agent']}: nothing to do: its guarded files are as approved")

@@ -17,7 +17,7 @@ from em_bridge.errors import UsageError
 from em_bridge.terminal import DEFAULT_CONFIG, ConfigOption, RedisUrlOption, log_to_stderr
 
 if TYPE_CHECKING:
-    from backup_worker.supervisor import Child, Supervisor
+    from backup_worker.running.supervisor import Child, Supervisor
 
 HostOption = Annotated[
     str | None,
@@ -59,8 +59,8 @@ def up(
     from backup_worker.alerts import refused_urls
     from backup_worker.config import load
     from backup_worker.embedded import EmbeddedValkey, url_file
-    from backup_worker.services import default_processes, enter
-    from backup_worker.supervisor import Child, Supervisor
+    from backup_worker.running.services import default_processes, enter
+    from backup_worker.running.supervisor import Child, Supervisor
 
     log_to_stderr()
     loaded = load(config, check_alerts=refused_urls)
@@ -114,7 +114,7 @@ def dispatcher(config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption 
 
     Example: `backup-worker dispatcher --redis-url redis://bus:6379/0`
     """
-    from backup_worker import services
+    from backup_worker.running import services
 
     log_to_stderr()
     services.dispatcher(config, _url(config, redis_url))
@@ -136,11 +136,11 @@ def worker(
 
     Example: `backup-worker worker --queue backup --processes 4`
     """
-    from backup_worker import services
     from backup_worker.cli._common import redis_url_for
     from backup_worker.config import load
-    from backup_worker.queues import QUEUES, kind
-    from backup_worker.supervisor import Supervisor
+    from backup_worker.queueing.queues import QUEUES, kind
+    from backup_worker.running import services
+    from backup_worker.running.supervisor import Supervisor
 
     log_to_stderr()
     here = host or socket.gethostname()
@@ -166,7 +166,7 @@ def worker(
 
 
 def _workers(wanted: Mapping[str, int], env: Mapping[str, str]) -> list[Child]:
-    from backup_worker.supervisor import Child
+    from backup_worker.running.supervisor import Child
 
     return [
         Child(f"worker {queue} {number}", _part("worker", "--queue", queue, "--processes", "1"), env)
@@ -180,7 +180,7 @@ def _growing(
 ) -> Callable[[], None]:
     """Return what gives `supervisor` the workers of its host's own queues when an edit of agents.json asks for them."""
     from backup_worker.config import ConfigWatch
-    from backup_worker.services import default_processes
+    from backup_worker.running.services import default_processes
 
     watch = ConfigWatch(config)
 
@@ -200,7 +200,7 @@ def scheduler(config: ConfigOption = DEFAULT_CONFIG, redis_url: RedisUrlOption =
 
     Example: `backup-worker scheduler`
     """
-    from backup_worker import services
+    from backup_worker.running import services
 
     log_to_stderr()
     services.scheduler(config, _url(config, redis_url))

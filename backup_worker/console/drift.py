@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backup_worker import hosts
 from backup_worker.console.background import Background
+from backup_worker.queueing import hosts
 from backup_worker.snapshots import plan_restore
 from backup_worker.snapshots.disk import Tree, walk
 from backup_worker.snapshots.errors import printable

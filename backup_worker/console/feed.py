@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import redis.exceptions
 from flask import Blueprint, Flask, Response, abort, current_app, g, request
 
-from backup_worker import alerts, due
+from backup_worker import alerts
 from backup_worker.console.shelf import stamp
+from backup_worker.queueing import due
 from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.snapshots import Repository

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from backup_worker import alerts, backpressure, hosts, proofs, queues, schedule
+from backup_worker import alerts, schedule
 from backup_worker.config import AgentConfig, Tier
 from backup_worker.console.beats import Bars
 from backup_worker.console.drift import Drift
 from backup_worker.console.live import View
 from backup_worker.maintenance import lookout
+from backup_worker.queueing import backpressure, hosts, queues
 from backup_worker.recovery.incident import Incident, IncidentStore
+from backup_worker.restoring import proofs
 from backup_worker.snapshots import Head, newest
 from em_bridge import streams
 from em_bridge.monitor import read_states

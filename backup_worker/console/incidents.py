@@ -12,12 +12,13 @@ from typing import Any
 from flask import Blueprint, Response, flash, g, redirect, render_template, url_for
 from werkzeug.wrappers import Response as AnyResponse
 
-from backup_worker import alerts, hosts
+from backup_worker import alerts
 from backup_worker.console.actions import note, with_redis
 from backup_worker.console.files import attachment, tar_of_folder
 from backup_worker.console.live import View, view
 from backup_worker.console.paging import paged
 from backup_worker.console.words import shown
+from backup_worker.queueing import hosts
 from backup_worker.recovery.adapters import adapter_for
 from backup_worker.recovery.incident import Incident, IncidentStore, Step
 from backup_worker.recovery.plan import waves

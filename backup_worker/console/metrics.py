@@ -16,10 +16,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from backup_worker import alerts, proofs, timings
+from backup_worker import alerts, timings
 from backup_worker.console import fleet
 from backup_worker.console.live import View, view
 from backup_worker.recovery.incident import ESCALATED, RECOVERED, IncidentStore
+from backup_worker.restoring import proofs
 from em_bridge import streams
 from em_bridge.lag import measure
 

@@ -17,11 +17,11 @@ from rq.exceptions import NoSuchJobError
 from rq.job import JobStatus
 from werkzeug.wrappers import Response
 
-from backup_worker import hosts, queues
 from backup_worker.console.actions import needed_reason, note, with_redis
 from backup_worker.console.live import View, live, view
 from backup_worker.dispatcher import Job, rq_job
-from backup_worker.restore_orders import KINDS, Order, Preview, carry_out, preview
+from backup_worker.queueing import hosts, queues
+from backup_worker.restoring.orders import KINDS, Order, Preview, carry_out, preview
 from em_bridge import clock
 from em_bridge.errors import NotFound, UsageError
 

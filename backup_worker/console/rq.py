@@ -35,7 +35,7 @@ from backup_worker.console.actions import note
 from backup_worker.console.live import live, view
 from backup_worker.console.security import script_nonce
 from backup_worker.console.words import shown
-from backup_worker.queues import BACKUP, MsgpackSerializer, SafeJob, SafeQueue
+from backup_worker.queueing.queues import BACKUP, MsgpackSerializer, SafeJob, SafeQueue
 from em_bridge.errors import AgentBackupError, RedisUnavailable
 
 PREFIX = "/rq"

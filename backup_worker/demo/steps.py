@@ -14,7 +14,7 @@ from rich.tree import Tree
 from backup_worker.demo.fleet import AGENTS, DEPENDS_ON, Fleet
 from backup_worker.demo.pager import Pager
 from backup_worker.demo.show import Show, Step, StepFailed, wait_for
-from backup_worker.due import STREAM
+from backup_worker.queueing.due import STREAM
 from backup_worker.recovery import notice as notices
 from backup_worker.recovery import processes
 from backup_worker.recovery.incident import ESCALATED, RECOVERED, Incident, IncidentStore

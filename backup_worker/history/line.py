@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from backup_worker.canonical import canonical
+from backup_worker.history.canonical import canonical
 from em_bridge.errors import UsageError
 
 ORIGIN = "0" * 64

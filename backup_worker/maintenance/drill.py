@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backup_worker import scratch
 from backup_worker.config import Config
-from backup_worker.health_command import Health, run_health
 from backup_worker.maintenance import rolling, scrub
-from backup_worker.proofs import Note, note_of, write_note
+from backup_worker.restoring import scratch
+from backup_worker.restoring.health_command import Health, run_health
+from backup_worker.restoring.proofs import Note, note_of, write_note
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import (
     AgentFiles,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from redis.exceptions import ResponseError
 
-from backup_worker import alerts, due, schedule
+from backup_worker import alerts, schedule
 from backup_worker.config import Config
+from backup_worker.queueing import due
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Head, newest
 from backup_worker.units import size

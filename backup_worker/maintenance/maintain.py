@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from backup_worker import alerts, backups, due, schedule
+from backup_worker import alerts, backups, schedule
 from backup_worker.approval import approvals, changes, forgetting, guard_rounds
 from backup_worker.config import Config
 from backup_worker.maintenance import drill as drills
 from backup_worker.maintenance import lookout, notices, pings, record_watch, space
 from backup_worker.maintenance import scrub as scrubbing
+from backup_worker.queueing import due
 from backup_worker.recovery import keeping
 from backup_worker.recovery.service import RecoveryService
 from backup_worker.runtime import Runtime

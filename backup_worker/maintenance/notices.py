@@ -15,9 +15,9 @@ from backup_worker import schedule
 from backup_worker.alerts import delivery
 from backup_worker.alerts.receivers import send_with_apprise
 from backup_worker.config import SEVERITIES, Schedule
-from backup_worker.due import MaintenanceDue
 from backup_worker.maintenance import digest as digests
 from backup_worker.maintenance import space
+from backup_worker.queueing.due import MaintenanceDue
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.runtime import Runtime
 from backup_worker.status import overview

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from backup_worker import scratch
 from backup_worker.config import AgentConfig, Config
-from backup_worker.health_command import run_health
+from backup_worker.restoring import scratch
+from backup_worker.restoring.health_command import run_health
 from backup_worker.snapshots import (
     Difference,
     Repository,

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from backup_worker.health_command import Health, run_health
 from backup_worker.recovery import breakers, heartbeats, notice
 from backup_worker.recovery.address import redis_url_of
 from backup_worker.recovery.incident import (
@@ -35,6 +34,7 @@ from backup_worker.recovery.incident import (
 from backup_worker.recovery.lays import Lays
 from backup_worker.recovery.locks import acting_on
 from backup_worker.recovery.waits import HELD_LOOK_S, LOOK_AGAIN_S
+from backup_worker.restoring.health_command import Health, run_health
 from backup_worker.snapshots import NoSpace
 from backup_worker.units import counted
 from em_bridge.errors import AgentBackupError, RedisUnavailable

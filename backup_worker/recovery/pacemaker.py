@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from backup_worker.due import STREAM, IncidentDue
+from backup_worker.queueing.due import STREAM, IncidentDue
 from backup_worker.recovery import heartbeats, watching
 from backup_worker.recovery.incident import (
     CONFIRM,

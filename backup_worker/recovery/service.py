@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from backup_worker.alerts import Severity
-from backup_worker.due import IncidentDue
+from backup_worker.queueing.due import IncidentDue
 from backup_worker.recovery import breakers, evidence, heartbeats, reapplied
 from backup_worker.recovery.breakers import Pause
 from backup_worker.recovery.incident import (

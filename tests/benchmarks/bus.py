@@ -16,9 +16,10 @@ import msgpack
 import redis
 import rq
 
-from backup_worker import dispatcher, queues
+from backup_worker import dispatcher
 from backup_worker.config.schedule import Limits
 from backup_worker.embedded import EmbeddedValkey
+from backup_worker.queueing import queues
 from em_bridge import Publisher, streams
 from em_bridge import replay as replaying
 from em_bridge.connection import connect

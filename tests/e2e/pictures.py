@@ -16,8 +16,8 @@ from playwright.sync_api import Browser, sync_playwright
 
 from backup_worker import backups, schedule
 from backup_worker.console.roles import APPROVER
-from backup_worker.proofs import Note, write_note
 from backup_worker.recovery.incident import DEPEND, FENCE, PROVE, RESTORE, SELECT, START, IncidentStore
+from backup_worker.restoring.proofs import Note, write_note
 from backup_worker.runtime import Runtime
 from em_bridge import events, streams
 from tests.console_fleet import PASSWORD, World, live_through, make_world, served

@@ -12,9 +12,10 @@ from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-unt
 from playwright.sync_api import Browser, ConsoleMessage, Page, StorageState, expect
 from rq.registry import FailedJobRegistry
 
-from backup_worker import alerts, queues
+from backup_worker import alerts
 from backup_worker.approval import changes
 from backup_worker.console.roles import APPROVER
+from backup_worker.queueing import queues
 from backup_worker.recovery.incident import RECOVERED, IncidentStore
 from em_bridge import Publisher, streams
 from tests.console_fleet import PASSWORD, World, live_through, make_world, served

@@ -22,7 +22,7 @@ import pytest
 import redis.exceptions
 from redis import Redis
 
-from backup_worker import queues
+from backup_worker.queueing import queues
 from em_bridge import connection, events, streams
 from tests.integration.conftest import ValkeyServer
 from tests.integration.parts import Part

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from backup_worker import alerts, backups, queues
+from backup_worker import alerts, backups
 from backup_worker.console import create_app
 from backup_worker.console.roles import OPERATOR
+from backup_worker.queueing import queues
 from tests.console_fleet import PASSWORD, Visitor, World, make_world, served, until, worker
 from tests.integration.conftest import ValkeyServer
 

@@ -17,9 +17,10 @@ from redis import Redis
 from rq.registry import FailedJobRegistry
 from werkzeug.test import TestResponse
 
-from backup_worker import backups, queues
+from backup_worker import backups
 from backup_worker.console import create_app
 from backup_worker.console.rq import CHANGING
+from backup_worker.queueing import queues
 from backup_worker.recovery import breakers
 from backup_worker.recovery.incident import ESCALATED, IncidentStore
 from em_bridge import Publisher, events, streams

@@ -15,9 +15,9 @@ from redis import Redis
 from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry
 
-from backup_worker import queues
 from backup_worker.console import create_app
 from backup_worker.console.roles import APPROVER
+from backup_worker.queueing import queues
 from tests.console_fleet import PASSWORD, Visitor, World, make_world, until, worker
 from tests.integration.conftest import ValkeyServer
 

@@ -17,9 +17,10 @@ import msgpack
 import pytest
 from redis import Redis
 
-from backup_worker import dispatcher, due, queues
+from backup_worker import dispatcher
 from backup_worker.config.schedule import Limits
 from backup_worker.dispatcher import GROUP, STREAMS, Dispatcher
+from backup_worker.queueing import due, queues
 from em_bridge import events, streams
 from em_bridge.connection import connect
 from tests.integration.conftest import ValkeyServer

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from backup_worker import due, queues
 from backup_worker.dispatcher import Dispatcher
-from backup_worker.hosts import hosts_of, queues_of
+from backup_worker.queueing import due, queues
+from backup_worker.queueing.hosts import hosts_of, queues_of
 from backup_worker.recovery.incident import IncidentStore
 from backup_worker.recovery.service import RecoveryService
 from em_bridge import Publisher, streams

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from backup_worker import due
 from backup_worker.approval import changes
 from backup_worker.config import ConfigWatch
 from backup_worker.dispatcher import Dispatcher
-from backup_worker.services import Scheduler
+from backup_worker.queueing import due
+from backup_worker.running.services import Scheduler
 from backup_worker.worker import make_worker
 from em_bridge import streams
 from em_bridge.connection import connect

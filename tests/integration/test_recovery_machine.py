@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from backup_worker import alerts, backups
-from backup_worker.due import STREAM, IncidentDue
+from backup_worker.queueing.due import STREAM, IncidentDue
 from backup_worker.recovery.incident import (
     AGAIN_AFTER_S,
     DEADLINES,

@@ -10,10 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from backup_worker import alerts, backups, proofs
+from backup_worker import alerts, backups
 from backup_worker.demo.pager import Pager
-from backup_worker.due import MaintenanceDue
 from backup_worker.embedded import url_file
+from backup_worker.queueing.due import MaintenanceDue
+from backup_worker.restoring import proofs
 from backup_worker.runtime import Runtime
 from em_bridge import streams
 from em_bridge.connection import connect

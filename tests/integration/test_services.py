@@ -14,12 +14,14 @@ import pytest
 import redis
 from redis import Redis
 
-from backup_worker import alerts, due, jobs, queues, services, slots
+from backup_worker import alerts, jobs, slots
 from backup_worker.config import ConfigWatch
 from backup_worker.dispatcher import Dispatcher, rq_job
 from backup_worker.embedded import url_file
 from backup_worker.maintenance import maintain
-from backup_worker.services import STANDSTILL_S, Scheduler
+from backup_worker.queueing import due, queues
+from backup_worker.running import services
+from backup_worker.running.services import STANDSTILL_S, Scheduler
 from backup_worker.snapshots import Manifest
 from backup_worker.watchdog import Watchdog
 from backup_worker.worker import make_worker

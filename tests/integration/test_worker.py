@@ -18,10 +18,11 @@ import pytest
 from redis import Redis
 from rq.job import JobStatus
 
-from backup_worker import alerts, backups, jobs, queues, retries
+from backup_worker import alerts, backups, jobs
 from backup_worker import worker as worker_module
 from backup_worker.dispatcher import Job as Planned
 from backup_worker.dispatcher import rq_job
+from backup_worker.queueing import queues, retries
 from backup_worker.worker import BackupWorker, make_worker
 from em_bridge.connection import connect
 from tests.integration.conftest import ValkeyServer

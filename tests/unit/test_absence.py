@@ -10,10 +10,10 @@ import fakeredis
 import pytest
 import redis
 
-from backup_worker import services
-from backup_worker.absence import AFTER_S, Absence
 from backup_worker.config import ConfigWatch
 from backup_worker.demo.pager import Pager
+from backup_worker.running import services
+from backup_worker.running.absence import AFTER_S, Absence
 from em_bridge import clock
 from em_bridge.errors import RedisRefused
 from tests.small_fleet import SmallFleet

@@ -7,10 +7,10 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import due
-from backup_worker.backpressure import HELD_AT, WIDE, held, lengths
 from backup_worker.config.schedule import Limits
 from backup_worker.dispatcher import DUE_MARK_TTL_S, MARK_TTL_S, STREAMS, mark_ttl_s, plan
+from backup_worker.queueing import due
+from backup_worker.queueing.backpressure import HELD_AT, WIDE, held, lengths
 from em_bridge import events, streams
 
 LIMIT = 100

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from backup_worker import alerts, backups
-from backup_worker.approval import approvals, change_events, changes, guard, guarded, revert
+from backup_worker.approval import approvals, change_events, changes, guard, guarded
 from backup_worker.approval.approved import ApprovedStates
+from backup_worker.restoring import revert
 from backup_worker.snapshots import Manifest, NoSpace
 from backup_worker.snapshots.content import copy_hashed
 from em_bridge import events

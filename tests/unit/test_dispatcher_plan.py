@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backup_worker import jobs, queues
+from backup_worker import jobs
 from backup_worker.dispatcher import plan
-from backup_worker.due import BackupDue, IncidentDue, MaintenanceDue
+from backup_worker.queueing import queues
+from backup_worker.queueing.due import BackupDue, IncidentDue, MaintenanceDue
 from em_bridge import events, streams
 from em_bridge.errors import InvalidEvent
 

@@ -14,8 +14,9 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import alerts, proofs
+from backup_worker import alerts
 from backup_worker.maintenance import drill, maintain
+from backup_worker.restoring import proofs
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Manifest, execute, plan_restore, take_snapshot
 from em_bridge.errors import NotFound

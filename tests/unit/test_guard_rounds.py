@@ -15,7 +15,7 @@ from backup_worker.approval import guard_rounds, guarded, hints
 from backup_worker.approval.approved import ApprovedStates
 from backup_worker.approval.hints import Hints
 from backup_worker.maintenance import maintain
-from backup_worker.queues import MsgpackSerializer
+from backup_worker.queueing.queues import MsgpackSerializer
 from tests.small_fleet import SmallFleet, until
 
 NOW = 1795435200.0

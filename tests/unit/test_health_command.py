@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from backup_worker.health_command import CANNOT_RUN, SAID_CHARACTERS, Health, run_health
+from backup_worker.restoring.health_command import CANNOT_RUN, SAID_CHARACTERS, Health, run_health
 
 
 def asked(root: Path, program: str, *, limit_s: float = 10.0) -> Health:

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backup_worker.canonical import canonical
 from backup_worker.history import HEALED, ORIGIN, History, HistoryUnwritable, digest
+from backup_worker.history.canonical import canonical
 from em_bridge.errors import UsageError
 
 

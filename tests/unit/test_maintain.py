@@ -8,9 +8,10 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import alerts, due, schedule
+from backup_worker import alerts, schedule
 from backup_worker.maintenance import lookout, maintain, notices, pings
 from backup_worker.maintenance.lookout import missing_backups, oldest_waiting
+from backup_worker.queueing import due
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import take_snapshot
 from em_bridge import events, streams

@@ -11,9 +11,10 @@ from typing import Any
 import fakeredis
 import pytest
 
-from backup_worker import alerts, backups, due
+from backup_worker import alerts, backups
 from backup_worker.maintenance import digest, maintain, notices, pings
 from backup_worker.maintenance.pings import Ping, State
+from backup_worker.queueing import due
 from backup_worker.runtime import Runtime
 from em_bridge import clock, events, streams
 from tests.receivers import Phone, WebHook

@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from backup_worker.config import Config, load
-from backup_worker.due import STREAM, IncidentDue
+from backup_worker.queueing.due import STREAM, IncidentDue
 from backup_worker.recovery.incident import (
     DEADLINES,
     DEPEND,

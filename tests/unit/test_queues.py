@@ -14,9 +14,9 @@ from rq.exceptions import NoSuchJobError
 from rq.serializers import resolve_serializer
 from rq.utils import str_to_date
 
-from backup_worker import queues
 from backup_worker.dispatcher import Job, rq_job
-from backup_worker.queues import ForeignJob, MsgpackSerializer, SafeJob, open_queue
+from backup_worker.queueing import queues
+from backup_worker.queueing.queues import ForeignJob, MsgpackSerializer, SafeJob, open_queue
 
 
 @pytest.fixture

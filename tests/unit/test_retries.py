@@ -13,10 +13,10 @@ import redis.exceptions
 from rq.exceptions import AbandonedJobError
 from rq.timeouts import JobTimeoutException
 
-from backup_worker import retries
 from backup_worker.history import HistoryUnwritable
-from backup_worker.queues import ForeignJob
-from backup_worker.retries import PAUSES_S, RUNS_OF_KILLED, is_passing, pause_before_next, wake
+from backup_worker.queueing import retries
+from backup_worker.queueing.queues import ForeignJob
+from backup_worker.queueing.retries import PAUSES_S, RUNS_OF_KILLED, is_passing, pause_before_next, wake
 from em_bridge.errors import AgentBackupError, NotFound, RedisRefused, RedisUnavailable
 
 BUSY = OSError(errno.EBUSY, "busy")

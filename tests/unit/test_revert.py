@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from backup_worker import restores
-from backup_worker.approval import changes, revert
+from backup_worker.approval import changes
 from backup_worker.approval.approved import ApprovedStates
+from backup_worker.restoring import restores, revert
 from em_bridge.errors import AgentBackupError, NotFound
 from tests.change_house import NEW, OTHER, WEIGHTS, House
 

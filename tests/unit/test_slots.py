@@ -8,7 +8,7 @@ import fakeredis
 import pytest
 
 from backup_worker import slots
-from backup_worker.due import STREAM, BackupDue
+from backup_worker.queueing.due import STREAM, BackupDue
 from backup_worker.schedule import Due
 from em_bridge import events, streams
 

@@ -15,7 +15,7 @@ import pytest
 from backup_worker.approval.approved import ApprovedStates, Held
 from backup_worker.cli import main
 from backup_worker.forgetting import APPROVED, PROOF
-from backup_worker.proofs import Note, note_of, write_note
+from backup_worker.restoring.proofs import Note, note_of, write_note
 from backup_worker.snapshots import Repository
 from tests.agent_on_disk import CLASSES, EXCLUDE, NOON, Place, content_of
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from backup_worker.supervisor import LONGEST_PAUSE_S, STEADY_AFTER_S, Child, Supervisor
+from backup_worker.running.supervisor import LONGEST_PAUSE_S, STEADY_AFTER_S, Child, Supervisor
 from tests.small_fleet import until
 
 
@@ -113,7 +113,7 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys; from backup_worker.supervisor import Child, Supervisor;"
+            "import sys; from backup_worker.running.supervisor import Child, Supervisor;"
             f"Supervisor([Child('c', [sys.executable, '-S', '-c', {child!r}])]).run()",
         ]
     )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from rq.job import Job
 
-from backup_worker import queues
 from backup_worker.dispatcher import Job as Planned
 from backup_worker.dispatcher import rq_job
+from backup_worker.queueing import queues
 
 if TYPE_CHECKING:
     from redis import Redis

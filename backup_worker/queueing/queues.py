@@ -94,7 +94,7 @@ class SafeJob(Job):
     """How long to wait before it runs again, if its failure asks for that."""
 
     def retry(self, queue: Queue, pipeline: Any) -> None:
-        """Put the failed job back, at once or behind `pause_s`; see `backup_worker.retries`."""
+        """Put the failed job back, at once or behind `pause_s`; see `backup_worker.queueing.retries`."""
         if not self.pause_s:
             super().retry(queue, pipeline)
             return

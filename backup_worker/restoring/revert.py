@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from backup_worker import restores
 from backup_worker.approval import guard, guarded
 from backup_worker.approval.approved import ApprovedState, ApprovedStates, Held
 from backup_worker.recovery.locks import acting_on
+from backup_worker.restoring import restores
 from backup_worker.runtime import Runtime
 from backup_worker.snapshots import Repository, disk
 from backup_worker.snapshots.disk import Tree

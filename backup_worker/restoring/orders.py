@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from backup_worker.restores import Restore, running
+from backup_worker.restoring.restores import Restore, running
 from backup_worker.snapshots import Changes, compare
 from backup_worker.snapshots.errors import printable
 from backup_worker.snapshots.together import alone

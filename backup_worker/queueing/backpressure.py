@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from backup_worker import due, queues
+from backup_worker.queueing import due, queues
 from em_bridge import streams
 
 if TYPE_CHECKING:

@@ -19,16 +19,17 @@ from typing import Any
 import msgpack
 import redis.exceptions
 
-from backup_worker import alerts, backpressure, hosts, jobs, queues, retries, schedule, slots
-from backup_worker.absence import Absence
+from backup_worker import alerts, jobs, schedule, slots
 from backup_worker.approval import guard_rounds
 from backup_worker.approval.hints import Hints
 from backup_worker.config import Config, ConfigWatch
 from backup_worker.dispatcher import Dispatcher
-from backup_worker.due import BackupDue, MaintenanceDue
-from backup_worker.health import Mark
 from backup_worker.maintenance import lookout, maintain, notices
+from backup_worker.queueing import backpressure, hosts, queues, retries
+from backup_worker.queueing.due import BackupDue, MaintenanceDue
 from backup_worker.recovery.pacemaker import IDLE_TICK_S, Pacemaker
+from backup_worker.running.absence import Absence
+from backup_worker.running.health import Mark
 from backup_worker.runtime import Runtime
 from backup_worker.worker import make_worker, patience
 from em_bridge import clock, connection, streams

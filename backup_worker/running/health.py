@@ -1,6 +1,6 @@
 """Does this part live? Each part leaves a mark in Redis that expires; a container's health check looks for it.
 
-`python -m backup_worker.health PART` exits 0 if PART on this host left its mark within `MARK_TTL_S`, else 1.
+`python -m backup_worker.running.health PART` exits 0 if PART on this host left its mark within `MARK_TTL_S`, else 1.
 """
 
 from __future__ import annotations

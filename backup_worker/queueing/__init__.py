@@ -1,0 +1,1 @@
+"""RQ as we use it: queues that run only our functions, tries again, limits, hosts.."""

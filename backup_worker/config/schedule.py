@@ -128,7 +128,8 @@ class Limits(Model):
         None,
         title="number of recoveries",
         description="So many recoveries of the whole fleet within fleet_recoveries_minutes pause all further ones "
-        "until `backup-worker resume-recovery`; default: 10, or two for every agent if that is more.",
+        "until `backup-worker resume-recovery`, those started by hand not counted; default: 10, or two for every "
+        "agent if that is more.",
         examples=[10],
         ge=1,
     )

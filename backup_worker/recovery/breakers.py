@@ -103,12 +103,12 @@ def paused(client: Redis, now: float) -> Pause | None:
 def count(client: Redis, incident: Incident) -> None:
     """Count a recovery that ended well; once, however often it is told.
 
-    An agent that came back by itself was silent all the same, but says nothing about the fleet.
+    One that came back by itself, or that a human had started, says nothing about the fleet.
     """
     ended = incident.closed_at or 0.0
     mine = f"{_DONE}:{incident.agent}"
     with client.pipeline(transaction=True) as pipeline:
-        for key in (_DONE, mine) if incident.attempts else (mine,):
+        for key in (_DONE, mine) if incident.attempts and not incident.by_hand else (mine,):
             pipeline.zadd(key, {incident.id: ended})
             pipeline.zremrangebyscore(key, "-inf", ended - KEPT_S)
         pipeline.execute()

@@ -206,8 +206,9 @@ def config(tmp_path: Path) -> Config:
     return load(tmp_path / "config")
 
 
-def count(client: redis.Redis, agent: str, at: float) -> None:
-    breakers.count(client, replace(Incident(f"{agent}-{at}", agent, at - 5, attempts=1), closed_at=at))
+def count(client: redis.Redis, agent: str, at: float, *, by_hand: bool = False) -> None:
+    done = Incident(f"{agent}-{at}", agent, at - 5, attempts=1, by_hand=by_hand)
+    breakers.count(client, replace(done, closed_at=at))
 
 
 def test_only_recoveries_within_the_period_and_of_that_agent_count(
@@ -230,6 +231,14 @@ def test_a_whole_fleet_that_dies_once_does_not_trip_its_breaker(client: redis.Re
     assert breakers.fleet_tripped(client, config, NOW) is not None
     assert breakers.fleet_tripped(client, many, NOW) is None
     assert breakers.fleet_tripped(client, config, NOW + 3600) is None
+
+
+def test_what_a_human_has_started_does_not_trip_the_breaker_of_the_fleet(
+    client: redis.Redis, config: Config
+) -> None:
+    for number in range(breakers.AT_LEAST + 1):
+        count(client, f"agent{number}", NOW - number, by_hand=True)
+    assert breakers.fleet_tripped(client, config, NOW) is None
 
 
 def test_a_second_pause_keeps_the_beginning_of_the_first(client: redis.Redis) -> None:

@@ -105,9 +105,14 @@ class Capture:
             self._take_file(path)
 
     def planned_bytes(self) -> int:
-        """Return how many bytes of regular files are in scope now: the most that the snapshot can need."""
+        """Return how many bytes of regular files are in scope now, whatever the number of their names.
+
+        It is the most that the snapshot can need.
+        """
         self._listed = self._list()
-        return sum(info.st_size for info in self._listed.values() if stat.S_ISREG(info.st_mode))
+        files = [info for info in self._listed.values() if stat.S_ISREG(info.st_mode)]
+        shared = {(info.st_dev, info.st_ino): info.st_size for info in files if info.st_nlink > 1}
+        return sum(info.st_size for info in files if info.st_nlink == 1) + sum(shared.values())
 
     def _list(self) -> Found:
         listing = list_scope(self.source, self.scope)

@@ -257,5 +257,16 @@ def test_too_little_space_is_refused_before_anything_is_written(place: Place) ->
     assert place.repo.failing() == frozenset(), "a full disk must not stop pruning"
 
 
+def test_a_file_of_many_names_needs_its_space_once(place: Place) -> None:
+    size = 64 << 20  # Others write to this disk meanwhile, so the margin is wide; a hole is quick to copy.
+    place.take(slot="1")
+    place.write("memory/big.bin", "")
+    os.truncate(place.root / "memory/big.bin", size)
+    for number in range(8):
+        os.link(place.root / "memory/big.bin", place.root / f"memory/name-{number}.bin")
+    spare = place.repo.free_bytes() - 4 * size
+    assert place.take(slot="2", unchanged="copy", limits=Limits(reserve_bytes=spare)).files > 8
+
+
 def test_json_within_the_rules_is_accepted() -> None:
     assert json_problem(b'{"a": [1, 2.5, null, "\\u00e9"], "b": {"a": 1}}') is None

@@ -30,7 +30,7 @@ test: setup ## Run all tests
 faults: setup ## Kill the engine at every system call, and every part of the bus at random for minutes
 	FAULTS=all $(BIN)/python -m pytest -s tests/faults
 
-docs: setup ## Write the reference pages from the schemas and the commands
+docs: setup ## Write the reference pages and the schemas from models and commands
 	$(BIN)/python -m backup_worker.reference
 
 lint: setup ## ruff and mypy

@@ -1,4 +1,7 @@
-"""`python -m backup_worker.reference`: write the reference pages into docs/; `--check` only says which are stale."""
+"""`python -m backup_worker.reference`: write what is made from the models and the commands.
+
+These are the reference pages in docs/ and the JSON Schemas in config/. `--check` only says which are stale.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,24 @@ from pathlib import Path
 
 import backup_worker.reference.commands as commands
 import backup_worker.reference.configuration as configuration
+from backup_worker.config import schemas
 
-DOCS = Path(__file__).parents[2] / "docs"
+TOP = Path(__file__).parents[2]
 
 
 def pages() -> dict[str, str]:
-    """Return the text of each page by its name."""
-    return {"configuration.md": configuration.page(), "commands.md": commands.page()}
+    """Return the text of each file by its path from the top of the project."""
+    shipped = {f"config/{name}": text for name, text in schemas().items()}
+    return {"docs/configuration.md": configuration.page(), "docs/commands.md": commands.page(), **shipped}
 
 
 def main(arguments: list[str]) -> int:
     """Write what has changed, or with `--check` name it and return 1."""
-    stale = [name for name, text in pages().items() if _read(DOCS / name) != text]
+    stale = [name for name, text in pages().items() if _read(TOP / name) != text]
     for name in stale:
-        sys.stdout.write(f"docs/{name}\n")
+        sys.stdout.write(f"{name}\n")
         if "--check" not in arguments:
-            (DOCS / name).write_text(pages()[name], encoding="utf-8")
+            (TOP / name).write_text(pages()[name], encoding="utf-8")
     return 1 if stale and "--check" in arguments else 0
 
 

@@ -157,7 +157,7 @@ def test_a_receiver_that_cannot_be_reached_is_shown_with_the_alerts_and_in_the_s
     alerts.deliver_due(client, runtime.config.schedule.alerts, runtime.history, 100.0)
     shown = backup_worker(config, valkey.url, "alerts").stdout
     assert "not reached json://" in shown
-    assert "1 times in a row" in shown
+    assert "1 time in a row" in shown
     facts = json.loads(backup_worker(config, valkey.url, "status", "--json").stdout)
     assert [row["failures"] for row in facts["receivers"]] == [1]
     assert "alerts do not arrive json://" in backup_worker(config, valkey.url, "status").stdout

@@ -125,7 +125,7 @@ def test_the_first_five_minutes_of_the_readme_are_as_it_says(reader: Reader) -> 
     write(reader.home / ".venv" / "bin" / "activate", ":\n")
     shutil.copytree(documents.ROOT / "config", reader.home / "config")
     said = reader.block("readme")
-    assert "weekly/" in said and "jay: good, 1 files" in said and "0 failed" in said
+    assert "weekly/" in said and "jay: good, 1 file" in said and "0 failed" in said
     (snapshot,) = reader.home.parent.glob("fleet-backup/backups/weekly/*/jay")
     reader.run('cd "$SNAPSHOT" && sha256sum --check SHA256SUMS && cp -R files ~/again', SNAPSHOT=snapshot)
     assert (reader.home.parent / "again" / "SOUL.md").read_text() == "I\n"
@@ -144,7 +144,7 @@ def test_the_agents_that_the_text_shows_can_be_added(reader: Reader) -> None:
     assert set(document["agents"]) == {"main", "openclaw", "our-settings"}
     file.write_text(json.dumps(document))
     said = reader.run("cd agent-backup && backup-worker backup --tier weekly && backup-worker doctor")
-    assert "openclaw: good, 1 files" in said
+    assert "openclaw: good, 1 file" in said
     assert "our-settings: good, 4 files" in said
 
 

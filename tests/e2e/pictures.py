@@ -21,6 +21,7 @@ from backup_worker.restoring.proofs import Note, write_note
 from backup_worker.runtime import Runtime
 from em_bridge import events, streams
 from tests.console_fleet import PASSWORD, World, live_through, make_world, served
+from tests.e2e.visitor import log_in
 from tests.integration.conftest import ValkeyServer
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -79,10 +80,7 @@ def take(browser: Browser, url: str, picture: Picture) -> None:
     size: Any = {"width": picture.width, "height": picture.height}
     context = browser.new_context(base_url=url, color_scheme=picture.scheme, viewport=size)
     page = context.new_page()
-    page.goto("/login")
-    page.get_by_label("Name").fill("kari")
-    page.get_by_label("Password").fill(PASSWORD)
-    page.get_by_role("button", name="Log in").click()
+    log_in(page, PASSWORD)
     page.goto(picture.path)
     # The drift is looked for behind the page's back, and shown by the next refresh.
     page.wait_for_timeout(2500)

@@ -19,6 +19,7 @@ from backup_worker.queueing import queues
 from backup_worker.recovery.incident import RECOVERED, IncidentStore
 from em_bridge import Publisher, streams
 from tests.console_fleet import PASSWORD, World, live_through, make_world, served
+from tests.e2e.visitor import log_in
 from tests.integration.conftest import ValkeyServer
 
 HOSTILE = '<img src=x onerror="document.title = 1337">'
@@ -51,7 +52,7 @@ def address(world: World) -> Iterator[str]:
 def session(browser: Browser, address: str) -> StorageState:
     """The cookies of a kari who has logged in."""
     context = browser.new_context(base_url=address)
-    log_in(context.new_page())
+    log_in(context.new_page(), PASSWORD)
     state = context.storage_state()
     context.close()
     return state
@@ -82,14 +83,6 @@ def real(world: World, path: str) -> str:
     if path == "LETTER":
         return f"/messages/dead-letters/{streams.last_id(world.runtime.redis, streams.DEAD_LETTER)}"
     return path.replace("SNAPSHOT", f"/snapshots/{world.runtime.repository.snapshots('z', 'daily')[-2].id}")
-
-
-def log_in(page: Page) -> None:
-    page.goto("/")
-    page.get_by_label("Name").fill("kari")
-    page.get_by_label("Password").fill(PASSWORD)
-    page.get_by_role("button", name="Log in").click()
-    expect(page.get_by_role("heading", name="Fleet")).to_be_visible()
 
 
 def test_a_person_goes_through_every_page_by_its_links(page: Page) -> None:
@@ -285,7 +278,7 @@ READ = {
 def test_every_page_can_be_read_without_scripts(browser: Browser, address: str, world: World) -> None:
     context = browser.new_context(base_url=address, java_script_enabled=False)
     page = context.new_page()
-    log_in(page)
+    log_in(page, PASSWORD)
     expect(page.locator("#agent-z")).to_contain_text("alive")
     page.goto("/backups")
     page.get_by_label("status").select_option("suspect")
@@ -308,7 +301,7 @@ def test_while_the_console_cannot_be_reached_the_page_says_that_it_is_old(
 ) -> None:
     context = browser.new_context(base_url=address)
     page = context.new_page()
-    log_in(page)
+    log_in(page, PASSWORD)
     expect(page.locator("#stale")).not_to_be_visible()
     context.set_offline(True)
     expect(page.locator("#stale")).to_be_visible(timeout=15_000)

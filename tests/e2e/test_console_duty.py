@@ -18,6 +18,7 @@ from backup_worker.console.users import Users
 from backup_worker.recovery.incident import ESCALATED, RECOVERED
 from em_bridge import Publisher
 from tests.console_fleet import PASSWORD, World, served
+from tests.e2e.visitor import logged_in
 from tests.integration.conftest import ValkeyServer
 from tests.living_fleet import Fleet, wait_for
 
@@ -47,16 +48,8 @@ def address(fleet: Fleet) -> Iterator[str]:
 
 @pytest.fixture
 def page(browser: Browser, address: str) -> Iterator[Page]:
-    context = browser.new_context(base_url=address, accept_downloads=True)
-    context.set_default_timeout(10_000)
-    opened = context.new_page()
-    opened.goto("/")
-    opened.get_by_label("Name").fill("kari")
-    opened.get_by_label("Password").fill(PASSWORD)
-    opened.get_by_role("button", name="Log in").click()
-    expect(opened.get_by_role("heading", name="Fleet")).to_be_visible()
-    yield opened
-    context.close()
+    with logged_in(browser, address, PASSWORD) as opened:
+        yield opened
 
 
 def test_a_death_and_its_recovery_are_seen_live(fleet: Fleet, page: Page) -> None:

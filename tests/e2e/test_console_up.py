@@ -17,6 +17,7 @@ import psutil
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tests.e2e.visitor import logged_in
 from tests.integration.conftest import free_port
 from tests.integration.parts import Part
 from tests.small_fleet import until
@@ -101,16 +102,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 @pytest.fixture
 def page(house: House, browser: Browser) -> Iterator[Page]:
     until(lambda: listens(house.port), 20)
-    context = browser.new_context(base_url=f"http://127.0.0.1:{house.port}")
-    context.set_default_timeout(20_000)
-    opened = context.new_page()
-    opened.goto("/")
-    opened.get_by_label("Name").fill("kari")
-    opened.get_by_label("Password").fill(PASSWORD)
-    opened.get_by_role("button", name="Log in").click()
-    expect(opened.get_by_role("heading", name="Fleet")).to_be_visible()
-    yield opened
-    context.close()
+    with logged_in(browser, f"http://127.0.0.1:{house.port}", PASSWORD, timeout_ms=20_000) as opened:
+        yield opened
 
 
 def start(page: Page, agent: str) -> None:

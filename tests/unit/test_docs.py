@@ -32,6 +32,10 @@ def test_what_is_made_from_models_and_commands_is_up_to_date(name: str) -> None:
     assert (TOP / name).read_text() == pages()[name], "run `make docs`"
 
 
+def test_every_shipped_schema_is_made_from_the_models() -> None:
+    assert {f"config/{path.name}" for path in (TOP / "config").glob("*.schema.json")} <= set(pages())
+
+
 def described() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for text in schemas().values():
